@@ -1,0 +1,59 @@
+// The table of CPU kernels for one instruction set: DDPM_FAST_ISA, which CMake sets with the matching flags.
+#include "kernels.h"
+
+#include <type_traits>
+
+#include "kernels/convert.h"
+#include "kernels/group_norm_silu.h"
+#include "kernels/noise.h"
+#include "kernels/posterior_step.h"
+#include "kernels/q_sample.h"
+
+#define STRINGIFY_(x) #x
+#define STRINGIFY(x) STRINGIFY_(x)
+
+namespace ddpm_fast::cpu {
+namespace {
+
+void group_norm_nhwc_any(
+    Dtype dtype, const void* x, void* y, int64_t pixels, int64_t stride, int64_t channels,
+    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
+  const auto run = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    group_norm_nhwc(
+        static_cast<const T*>(x), static_cast<T*>(y), pixels, stride, channels, channels_per_group, args,
+        scratch);
+  };
+  if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
+  if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));
+  if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
+}
+
+void group_norm_nchw_any(
+    Dtype dtype, const void* x, void* y, int64_t pixels, int64_t channels, const GroupNormArgs& args) {
+  const auto run = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    group_norm_nchw(static_cast<const T*>(x), static_cast<T*>(y), pixels, channels, args);
+  };
+  if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
+  if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));
+  if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
+}
+
+}  // namespace
+
+extern const Kernels DDPM_FAST_ISA;
+const Kernels DDPM_FAST_ISA = {
+    STRINGIFY(DDPM_FAST_ISA),
+    load_any,
+    store_any,
+    axpby<float>,
+    axpby<double>,
+    normal,
+    posterior_step<float>,
+    posterior_step<double>,
+    group_norm_nhwc_any,
+    group_norm_nchw_any,
+};
+
+}  // namespace ddpm_fast::cpu

@@ -1,0 +1,66 @@
+// The CPU kernels' interface: spans of memory and numbers, no torch.
+//
+// kernels.cpp is compiled once for each instruction set, each time into a table of functions; isa.cpp chooses
+// the table at load time. The ops (q_sample.cpp, ...) check arguments, split the work over threads and
+// call through the table.
+#pragma once
+
+#include <cstdint>
+
+namespace ddpm_fast::cpu {
+
+enum class Dtype { kFloat, kDouble, kBFloat16, kHalf };
+
+struct StepRow {  // one row of a sampler's table, and the bound on |x0|
+  double x0_from_x, x0_from_out;
+  double x_from_x0, x_from_x, x_from_out, x_from_x0_prev, x_from_noise;
+  double min_log, max_log, clip;
+};
+
+template <typename T>
+struct StepSpan {  // null where an operand is not there
+  const T *x, *out, *log_variance_fraction, *x0_prev, *noise;
+  T *x_next, *x0;
+};
+
+struct GroupNormArgs {  // pointers at the first channel of the span, null where not given
+  const float *weight, *bias, *add, *scale, *shift;
+  double eps;
+  bool silu;
+};
+
+struct Kernels {
+  const char* isa;
+
+  // to and from float32
+  void (*load)(Dtype, const void* from, float* to, int64_t n);
+  void (*store)(Dtype, const float* from, void* to, int64_t n);
+
+  // out = a x + b y
+  void (*axpby_float)(double a, const float* x, double b, const float* y, float* out, int64_t n);
+  void (*axpby_double)(double a, const double* x, double b, const double* y, double* out, int64_t n);
+
+  // elements [begin, begin + n) of an image's noise; begin is a multiple of 4
+  void (*normal)(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, float* out, int64_t n);
+
+  void (*posterior_step_float)(const StepRow&, const StepSpan<float>&, int64_t n);
+  void (*posterior_step_double)(const StepRow&, const StepSpan<double>&, int64_t n);
+
+  // one sample, channels [0, channels) of rows `stride` apart; whole groups. scratch:
+  // group_norm_scratch(channels) floats, 8-byte aligned
+  void (*group_norm_nhwc)(
+      Dtype, const void* x, void* y, int64_t pixels, int64_t stride, int64_t channels,
+      int64_t channels_per_group, const GroupNormArgs&, float* scratch);
+  // one group of one sample, channels one after another
+  void (*group_norm_nchw)(
+      Dtype, const void* x, void* y, int64_t pixels, int64_t channels, const GroupNormArgs&);
+};
+
+// Eight floats a channel, channels padded to whole registers of any instruction set.
+constexpr int64_t padded_channels(int64_t channels) { return (channels + 63) / 64 * 64; }
+constexpr int64_t group_norm_scratch(int64_t channels) { return 8 * padded_channels(channels); }
+
+// The table in use: the best this processor runs, or the one that DDPM_FAST_CPU names.
+const Kernels& kernels();
+
+}  // namespace ddpm_fast::cpu

@@ -1,0 +1,239 @@
+// y = silu((1 + scale) (weight norm(x + add) + bias) + shift), statistics over a group's channels and pixels.
+//
+// Fused: the time embedding before, affine, FiLM and SiLU after. One read for the statistics (each block of
+// it twice, the second time from L1), one read and one write to apply. float32 arithmetic; the statistics of
+// a block are taken about the block's own mean and merged in float64, so that a large mean cancels nowhere.
+#pragma once
+
+#include "../kernels.h"
+#include "vec.h"
+
+namespace ddpm_fast::cpu {
+namespace {
+
+constexpr int64_t kBlockFloats = 4096;  // 16 KB: a block stays in L1 between its two passes
+
+// Sums of values and of squares, about a shift that is the first block's mean.
+struct Moments {
+  double shift = 0, count = 0, sum = 0, squares = 0;
+
+  // n values whose sum and sum of squares about `center` are s1 and s2
+  void merge(double n, double center, double s1, double s2) {
+    if (count == 0) shift = center;
+    const double delta = center - shift;
+    count += n;
+    sum += s1 + n * delta;
+    squares += s2 + delta * (2 * s1 + n * delta);
+  }
+
+  double mean() const { return shift + sum / count; }
+  double variance() const {
+    const double v = (squares - sum * sum / count) / count;
+    return v < 0 ? 0 : v;  // NaN stays
+  }
+};
+
+// y = silu(gain (x - center) + offset): the mean is taken off first, in a float and the rest of it in offset.
+struct Channel {
+  float center, gain, offset;
+};
+
+inline Channel fold(const GroupNormArgs& args, int64_t channel, double mean, double rstd) {
+  const double weight = args.weight ? args.weight[channel] : 1;
+  const double bias = args.bias ? args.bias[channel] : 0;
+  const double add = args.add ? args.add[channel] : 0;
+  const double scale = args.scale ? 1 + static_cast<double>(args.scale[channel]) : 1;
+  const double shift = args.shift ? args.shift[channel] : 0;
+  Channel folded;
+  folded.center = static_cast<float>(mean - add);
+  folded.gain = static_cast<float>(rstd * weight * scale);
+  folded.offset =
+      static_cast<float>((folded.center - (mean - add)) * rstd * weight * scale + bias * scale + shift);
+  return folded;
+}
+
+inline double reciprocal_root(double x) { return 1 / __builtin_sqrt(x); }
+
+template <bool kSilu>
+inline Float apply(Float x, Float center, Float gain, Float offset) {
+  const Float y = (x - center) * gain + offset;
+  if constexpr (kSilu) return silu(y);
+  return y;
+}
+
+// ---- channels last: rows of channels ----
+
+// Adds a block of rows to the moments of kTiles registers of channels (of the first `lanes` of one, if
+// partial): sums and sums of squares about `shift`, which the first block sets to its mean.
+template <int kTiles, bool kPartial, typename T>
+inline void block_moments(
+    const T* x, int64_t rows, int64_t stride, int64_t lanes, bool first, float* shift, double* sums,
+    double* squares) {
+  const auto value = [&](int64_t r, int k) {
+    const T* at = x + r * stride + k * kLanes;
+    if constexpr (kPartial) return load(at, lanes);
+    return load(at);
+  };
+  Float total[kTiles] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kTiles; ++k) total[k] += value(r, k);
+  }
+  Float center[kTiles], s1[kTiles] = {}, s2[kTiles] = {};
+  for (int k = 0; k < kTiles; ++k) center[k] = total[k] * (1.0f / static_cast<float>(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kTiles; ++k) {
+      const Float d = value(r, k) - center[k];
+      s1[k] += d;
+      s2[k] += d * d;
+    }
+  }
+  float centers[kTiles * kLanes], s1s[kTiles * kLanes], s2s[kTiles * kLanes];
+  for (int k = 0; k < kTiles; ++k) {
+    store(centers + k * kLanes, center[k]);
+    store(s1s + k * kLanes, s1[k]);
+    store(s2s + k * kLanes, s2[k]);
+  }
+  const double n = static_cast<double>(rows);
+  for (int c = 0; c < kTiles * kLanes; ++c) {
+    if (first) shift[c] = centers[c], sums[c] = 0, squares[c] = 0;
+    const double delta = static_cast<double>(centers[c]) - shift[c];
+    sums[c] += s1s[c] + n * delta;
+    squares[c] += s2s[c] + delta * (2.0 * s1s[c] + n * delta);
+  }
+}
+
+template <bool kSilu, typename T>
+inline void apply_rows(
+    const T* x, T* y, int64_t pixels, int64_t stride, int64_t channels, const float* center,
+    const float* gain, const float* offset) {
+  for (int64_t r = 0; r < pixels; ++r, x += stride, y += stride) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      store(y + c, apply<kSilu>(load(x + c), load(center + c), load(gain + c), load(offset + c)));
+    }
+    if (c < channels) {
+      const int64_t n = channels - c;
+      store(y + c, apply<kSilu>(load(x + c, n), load(center + c), load(gain + c), load(offset + c)), n);
+    }
+  }
+}
+
+// The scratch's arrays are padded to whole registers by the caller.
+template <typename T>
+void group_norm_nhwc(
+    const T* x, T* y, int64_t pixels, int64_t stride, int64_t channels, int64_t channels_per_group,
+    const GroupNormArgs& args, float* scratch) {
+  const int64_t padded = padded_channels(channels);
+  double* sums = reinterpret_cast<double*>(scratch);
+  double* squares = sums + padded;
+  float* shift = scratch + 4 * padded;
+  float *center = shift + padded, *gain = center + padded, *offset = gain + padded;
+
+  constexpr int kTiles = 4;
+  const int64_t block = kBlockFloats / channels < 8 ? 8 : kBlockFloats / channels;
+  for (int64_t r = 0; r < pixels; r += block) {
+    const int64_t rows = pixels - r < block ? pixels - r : block;
+    const T* from = x + r * stride;
+    int64_t c = 0;
+    for (; c + kTiles * kLanes <= channels; c += kTiles * kLanes) {
+      block_moments<kTiles, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
+    }
+    for (; c + kLanes <= channels; c += kLanes) {
+      block_moments<1, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
+    }
+    if (c < channels) {
+      block_moments<1, true>(from + c, rows, stride, channels - c, r == 0, shift + c, sums + c, squares + c);
+    }
+  }
+
+  for (int64_t first = 0; first < channels; first += channels_per_group) {
+    Moments group;
+    for (int64_t c = first; c < first + channels_per_group; ++c) {
+      const double add = args.add ? args.add[c] : 0;
+      group.merge(static_cast<double>(pixels), shift[c] + add, sums[c], squares[c]);
+    }
+    const double mean = group.mean(), rstd = reciprocal_root(group.variance() + args.eps);
+    for (int64_t c = first; c < first + channels_per_group; ++c) {
+      const Channel folded = fold(args, c, mean, rstd);
+      center[c] = folded.center, gain[c] = folded.gain, offset[c] = folded.offset;
+    }
+  }
+  if (args.silu) {
+    apply_rows<true>(x, y, pixels, stride, channels, center, gain, offset);
+  } else {
+    apply_rows<false>(x, y, pixels, stride, channels, center, gain, offset);
+  }
+}
+
+// ---- channels first: a group is one stretch of memory ----
+
+template <typename T>
+inline float sum_of(const T* x, int64_t n) {
+  Float total[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) total[j] += load(x + k + j * kLanes);
+  }
+  for (; k + kLanes <= n; k += kLanes) total[0] += load(x + k);
+  if (k < n) total[1] += load(x + k, n - k);
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// Adds n values, each plus `add`, to the group's moments.
+template <typename T>
+inline void add_moments(const T* x, int64_t n, double add, Moments& group) {
+  const float mean = sum_of(x, n) / static_cast<float>(n);
+  const Float center = broadcast(mean);
+  Float s1[4] = {}, s2[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const Float d = load(x + k + j * kLanes) - center;
+      s1[j] += d;
+      s2[j] += d * d;
+    }
+  }
+  for (; k < n; k += kLanes) {
+    const Float d = k + kLanes <= n ? load(x + k) - center : keep(load(x + k, n - k) - center, n - k);
+    s1[0] += d;
+    s2[0] += d * d;
+  }
+  group.merge(
+      static_cast<double>(n), mean + add, sum((s1[0] + s1[1]) + (s1[2] + s1[3])),
+      sum((s2[0] + s2[1]) + (s2[2] + s2[3])));
+}
+
+template <bool kSilu, typename T>
+inline void apply_span(const T* x, T* y, int64_t n, const Channel& channel) {
+  const Float center = broadcast(channel.center), gain = broadcast(channel.gain);
+  const Float offset = broadcast(channel.offset);
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) store(y + k, apply<kSilu>(load(x + k), center, gain, offset));
+  if (k < n) store(y + k, apply<kSilu>(load(x + k, n - k), center, gain, offset), n - k);
+}
+
+template <typename T>
+void group_norm_nchw(const T* x, T* y, int64_t pixels, int64_t channels, const GroupNormArgs& args) {
+  Moments group;
+  const int64_t spans = args.add == nullptr ? 1 : channels;  // one sum runs over what shares one `add`
+  const int64_t length = pixels * channels / spans;
+  for (int64_t span = 0; span < spans; ++span) {
+    const double add = args.add == nullptr ? 0 : args.add[span];
+    for (int64_t begin = 0; begin < length; begin += kBlockFloats) {
+      const int64_t n = length - begin < kBlockFloats ? length - begin : kBlockFloats;
+      add_moments(x + span * length + begin, n, add, group);
+    }
+  }
+  const double mean = group.mean(), rstd = reciprocal_root(group.variance() + args.eps);
+  for (int64_t c = 0; c < channels; ++c, x += pixels, y += pixels) {
+    const Channel folded = fold(args, c, mean, rstd);
+    if (args.silu) {
+      apply_span<true>(x, y, pixels, folded);
+    } else {
+      apply_span<false>(x, y, pixels, folded);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ddpm_fast::cpu

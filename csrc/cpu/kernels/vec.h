@@ -1,0 +1,248 @@
+// A register of floats, and the few functions on it that the kernels need, in the compiler's vector
+// extension.
+//
+// Everything has internal linkage: this header is compiled once for each instruction set, and the linker
+// must not take one set's code for another's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace ddpm_fast::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Float __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UInt __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t UShort __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline Float broadcast(float value) { return value - Float{}; }
+
+inline Float load(const float* from) {
+  Float to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+inline void store(float* to, Float from) { std::memcpy(to, &from, sizeof(from)); }
+
+inline UInt load_shorts(const uint16_t* from) {
+  UShort bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, UInt);
+}
+
+inline void store_shorts(uint16_t* to, UInt from) {
+  const UShort bits = __builtin_convertvector(from, UShort);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+inline Float load(const BFloat16* from) { return bit_cast<Float>(load_shorts(&from->bits) << 16); }
+
+inline void store(BFloat16* to, Float from) {  // round to nearest even; NaN stays NaN
+  const UInt bits = bit_cast<UInt>(from);
+  const UInt rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  store_shorts(&to->bits, (from == from) ? rounded : UInt{} + 0x7FC0);
+}
+
+inline Float load(const Half* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  // The exponent is rebased by a multiplication, which also normalises subnormals; infinity and NaN are put
+  // back.
+  const UInt bits = load_shorts(&from->bits);
+  const UInt magnitude = (bits & 0x7FFF) << 13;
+  const Float scaled = bit_cast<Float>(magnitude) * 0x1p112f;
+  const UInt finite = bit_cast<UInt>(scaled);
+  const UInt special = magnitude | 0x7F800000;
+  return bit_cast<Float>((magnitude >= (0x7C00u << 13) ? special : finite) | (bits & 0x8000) << 16);
+#endif
+}
+
+inline void store(Half* to, Float from) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(from, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(from, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const UInt bits = bit_cast<UInt>(from);
+  const UInt sign = (bits >> 16) & 0x8000;
+  const UInt magnitude = bits & 0x7FFFFFFF;
+  const UInt normal = (magnitude + 0xC8000FFF + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 lets the addition itself shift a subnormal into place, rounded.
+  const UInt subnormal = bit_cast<UInt>(bit_cast<Float>(magnitude) + 0.5f) - 0x3F000000;
+  UInt half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477FF000 ? UInt{} + 0x7C00 : half;
+  half = magnitude > 0x7F800000 ? UInt{} + 0x7E00 : half;
+  store_shorts(&to->bits, half | sign);
+#endif
+}
+
+// The first n < kLanes elements; the rest of the register is zero.
+template <typename T>
+inline Float load(const T* from, int64_t n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, from, n * sizeof(T));
+  return load(buffer);
+}
+
+template <typename T>
+inline void store(T* to, Float from, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, from);
+  std::memcpy(to, buffer, n * sizeof(T));
+}
+
+// The first n lanes; zero in the rest.
+inline Float keep(Float x, int64_t n) {
+  Int lane;
+  for (int k = 0; k < kLanes; ++k) lane[k] = k;
+  return lane < static_cast<int32_t>(n) ? x : Float{};
+}
+
+inline float sum(Float x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+inline Float sqrt(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#elif defined(__x86_64__)
+  return _mm_sqrt_ps(x);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+#endif
+}
+
+constexpr float kRoundMagic = 12582912.0f;  // 1.5 2^23: adding it leaves the nearest integer in the low bits
+
+// e^x to 1 ulp on [-87, 88], clamped outside.
+inline Float exp(Float x) {
+  x = x < -87.0f ? broadcast(-87.0f) : x;
+  x = x > 88.0f ? broadcast(88.0f) : x;
+  const Float shifted = x * 1.44269504f + kRoundMagic;
+  const Float n = shifted - kRoundMagic;
+  Float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Float p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // The integer sits in the magic number's low mantissa bits; shifting drops the rest of it.
+  return bit_cast<Float>(bit_cast<Int>(p) + (bit_cast<Int>(shifted) << 23));
+}
+
+// x / (1 + e^-x); NaN stays NaN, by the numerator.
+inline Float silu(Float x) { return x / (1.0f + exp(-x)); }
+
+// ln x for normal x > 0 (Cephes logf).
+inline Float log(Float x) {
+  Int bits = bit_cast<Int>(x);
+  const Int exponent_of_root = (bits - 0x3F3504F3) >> 23;  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
+  bits -= exponent_of_root << 23;
+  const Float e = __builtin_convertvector(exponent_of_root, Float);
+  const Float m = bit_cast<Float>(bits) - 1.0f;
+  Float p = broadcast(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Float square = m * m;
+  Float y = p * m * square - e * 2.12194440e-4f;
+  y = y - 0.5f * square;
+  return m + y + e * 0.693359375f;
+}
+
+// sine and cosine of 2 pi u for u in [0, 1]: the quadrant comes off exactly.
+inline void sincos_turns(Float u, Float& sine, Float& cosine) {
+  const Float shifted = 4.0f * u + kRoundMagic;
+  const Int quadrant = bit_cast<Int>(shifted);
+  const Float angle = (4.0f * u - (shifted - kRoundMagic)) * 1.57079632679f;
+  const Float square = angle * angle;
+  Float s = broadcast(-1.9515295891e-4f);
+  s = s * square + 8.3321608736e-3f;
+  s = s * square - 1.6666654611e-1f;
+  s = s * square * angle + angle;
+  Float c = broadcast(2.443315711809948e-5f);
+  c = c * square - 1.388731625493765e-3f;
+  c = c * square + 4.166664568298827e-2f;
+  c = c * (square * square) - 0.5f * square + 1.0f;
+  const Int odd = -(quadrant & 1);
+  const Int sine_sign = (quadrant & 2) << 30;
+  const Int cosine_sign = ((quadrant + 1) & 2) << 30;
+  const Int s_bits = bit_cast<Int>(s), c_bits = bit_cast<Int>(c);
+  sine = bit_cast<Float>(((odd & c_bits) | (~odd & s_bits)) ^ sine_sign);
+  cosine = bit_cast<Float>(((odd & s_bits) | (~odd & c_bits)) ^ cosine_sign);
+}
+
+struct VectorMulHiLo {
+  void operator()(uint32_t a, UInt b, UInt& hi, UInt& lo) const {
+#if defined(__AVX512F__)
+    const __m512i k = _mm512_set1_epi32(static_cast<int>(a)), v = bit_cast<__m512i>(b);
+    const __m512i even = _mm512_mul_epu32(v, k);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), k);
+    hi = bit_cast<UInt>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+    lo = bit_cast<UInt>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+#elif defined(__AVX2__)
+    const __m256i k = _mm256_set1_epi32(static_cast<int>(a)), v = bit_cast<__m256i>(b);
+    const __m256i even = _mm256_mul_epu32(v, k);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
+    hi = bit_cast<UInt>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+    lo = bit_cast<UInt>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+#else
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint64_t product = static_cast<uint64_t>(a) * b[lane];
+      hi[lane] = static_cast<uint32_t>(product >> 32);
+      lo[lane] = static_cast<uint32_t>(product);
+    }
+#endif
+  }
+};
+
+}  // namespace
+}  // namespace ddpm_fast::cpu

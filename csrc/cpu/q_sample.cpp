@@ -1,0 +1,104 @@
+// q_sample and q_sample_counter on the CPU: checks, layouts and threads around kernels/q_sample.h.
+#include <algorithm>
+#include <tuple>
+
+#include "../common.h"
+#include "../philox.h"
+#include "kernels.h"
+#include "layout.h"
+
+namespace ddpm_fast {
+namespace {
+
+constexpr int64_t kSpan = 4096;  // 16 KB of floats for each operand: they meet in L1
+
+struct Table {
+  Table(const Tensor& table, cpu::Dtype x_dtype) : table_(torch::stable::contiguous(table)) {
+    const ScalarType expected = x_dtype == cpu::Dtype::kDouble ? ScalarType::Double : ScalarType::Float;
+    check(
+        table.dim() == 2 && table.size(1) == 2 && table.scalar_type() == expected,
+        "table must be (T, 2), float32 or with a float64 x0 float64");
+    dtype_ = dtype_of("table", table_);
+  }
+
+  double weight(int64_t t, int64_t column) const {
+    const char* value = at(table_, dtype_, 2 * t + column);
+    return dtype_ == cpu::Dtype::kDouble ? *reinterpret_cast<const double*>(value)
+                                         : *reinterpret_cast<const float*>(value);
+  }
+
+ private:
+  Tensor table_;
+  cpu::Dtype dtype_;
+};
+
+// out = a x0 + b noise over one span of any dtype, at most kSpan elements
+void mix(cpu::Dtype dtype, double a, const void* x0, double b, const void* noise, void* out, int64_t n) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  if (dtype == cpu::Dtype::kDouble) {
+    kernels.axpby_double(
+        a, static_cast<const double*>(x0), b, static_cast<const double*>(noise), static_cast<double*>(out),
+        n);
+  } else if (dtype == cpu::Dtype::kFloat) {
+    kernels.axpby_float(
+        a, static_cast<const float*>(x0), b, static_cast<const float*>(noise), static_cast<float*>(out), n);
+  } else {
+    float x0s[kSpan], noises[kSpan];
+    kernels.load(dtype, x0, x0s, n);
+    kernels.load(dtype, noise, noises, n);
+    kernels.axpby_float(a, x0s, b, noises, x0s, n);
+    kernels.store(dtype, x0s, out, n);
+  }
+}
+
+Tensor q_sample_cpu(Tensor x0, Tensor noise, Tensor t, Tensor table) {
+  const cpu::Dtype dtype = dtype_of("x0", x0);
+  check(noise.scalar_type() == x0.scalar_type() && same_shape(noise, x0), "noise must be like x0");
+  check(x0.dim() >= 1, "x0 must have a batch dimension");
+  const Table weights(table, dtype);
+  const int64_t batch = x0.size(0), elements = batch == 0 ? 0 : x0.numel() / batch;
+  const PerSample times("t", t, batch);
+  times.check_range("t", table.size(0));
+  x0 = keep_layout(x0);
+  noise = like_layout(noise, x0);
+  Tensor out = torch::stable::empty_like(x0);
+  parallel_spans(batch, elements, kSpan, [&](int64_t b, int64_t begin, int64_t end) {
+    const int64_t k = b * elements + begin;
+    mix(dtype, weights.weight(times[b], 0), at(x0, dtype, k), weights.weight(times[b], 1),
+        at(noise, dtype, k), mutable_at(out, dtype, k), end - begin);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> q_sample_counter_cpu(
+    Tensor x0, Tensor t, Tensor table, Tensor seed, Tensor image_index) {
+  const cpu::Dtype dtype = dtype_of("x0", x0);
+  check(x0.dim() >= 1, "x0 must have a batch dimension");
+  const Table weights(table, dtype);
+  const int64_t batch = x0.size(0), elements = batch == 0 ? 0 : x0.numel() / batch;
+  const PerSample times("t", t, batch), seeds("seed", seed, batch), images("image_index", image_index, batch);
+  times.check_range("t", table.size(0));
+  // Noise is counted in NCHW order, so that is the order it is drawn and mixed in.
+  const bool channels_last = is_channels_last(x0);
+  Tensor x = torch::stable::contiguous(x0);
+  Tensor noise = torch::stable::empty_like(x), out = torch::stable::empty_like(x);
+  parallel_spans(batch, elements, kSpan, [&](int64_t b, int64_t begin, int64_t end) {
+    const int64_t k = b * elements + begin, n = end - begin;
+    float drawn[kSpan];
+    float* z = dtype == cpu::Dtype::kFloat ? reinterpret_cast<float*>(mutable_at(noise, dtype, k)) : drawn;
+    cpu::kernels().normal(seeds[b], stream_step(kStreamTraining, 0), images[b], begin, z, n);
+    if (z == drawn) cpu::kernels().store(dtype, drawn, mutable_at(noise, dtype, k), n);
+    mix(dtype, weights.weight(times[b], 0), at(x, dtype, k), weights.weight(times[b], 1), at(noise, dtype, k),
+        mutable_at(out, dtype, k), n);
+  });
+  if (!channels_last) return {out, noise};
+  return {to_channels_last(out), to_channels_last(noise)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("q_sample", TORCH_BOX(&q_sample_cpu));
+  m.impl("q_sample_counter", TORCH_BOX(&q_sample_counter_cpu));
+}
+
+}  // namespace
+}  // namespace ddpm_fast

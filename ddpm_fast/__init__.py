@@ -1,0 +1,5 @@
+"""The fastest correct way to sample and train denoising diffusion models in PyTorch."""
+
+from . import ops
+
+__all__ = ["ops"]

@@ -1,0 +1,16 @@
+"""The fused ops. Each works on every device: a kernel where one is built, plain PyTorch elsewhere."""
+
+from .counter_normal import counter_normal, philox4x32_10
+from .group_norm_silu import group_norm_silu
+from .posterior_step import posterior_step, posterior_step_
+from .q_sample import q_sample, q_sample_counter
+
+__all__ = [
+    "counter_normal",
+    "group_norm_silu",
+    "philox4x32_10",
+    "posterior_step",
+    "posterior_step_",
+    "q_sample",
+    "q_sample_counter",
+]

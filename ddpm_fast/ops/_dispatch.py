@@ -1,0 +1,101 @@
+"""Which code runs an op: loads the compiled library if it was built, and chooses a backend, in one place."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["native", "triton", "reference"]
+BACKENDS: tuple[str, ...] = ("native", "triton", "reference")
+
+LIBRARY = torch.library.Library("ddpm_fast", "DEF")
+LIBRARY_FILE = Path(__file__).parent.parent / "_C.abi3.so"
+
+_HALVES_AND_FLOAT = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
+    # (op, backend, device type): the dtypes it takes. The reference takes everything, everywhere.
+    ("q_sample", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
+    ("posterior_step", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
+    ("group_norm_silu", "native", "cpu"): _HALVES_AND_FLOAT,
+    ("counter_normal", "native", "cpu"): frozenset({torch.float32}),
+}
+OPS: tuple[str, ...] = tuple(dict.fromkeys(op for op, _, _ in _KERNELS))
+
+
+def _load_library() -> str | None:
+    """Load the compiled library; None if that went well, else the reason, which is warned of once."""
+    if not LIBRARY_FILE.exists():
+        reason = "it was not built, since no C++ compiler was found when ddpm_fast was installed"
+    else:
+        try:
+            torch.ops.load_library(LIBRARY_FILE)
+            return None
+        except OSError as error:
+            reason = f"it does not load ({error})"
+    warnings.warn(
+        f"ddpm_fast runs without its compiled library: {reason}. Every op works in plain PyTorch, slower. "
+        "Install a C++ compiler (g++ or clang++) and reinstall ddpm_fast.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return reason
+
+
+def _forced_backend() -> str | None:
+    backend = os.environ.get("DDPM_FAST_BACKEND") or None
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"DDPM_FAST_BACKEND={backend!r} is not a backend; allowed: {', '.join(BACKENDS)}")
+    return backend
+
+
+NATIVE_MISSING: str | None = _load_library()
+FORCED_BACKEND: str | None = _forced_backend()
+
+
+def define(
+    op: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    """Register an op: its schema, the plain-PyTorch kernel that runs where no compiled one does, its fake."""
+    LIBRARY.define(op + schema)
+    LIBRARY.impl(op, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ddpm_fast::{op}", fake, lib=LIBRARY)
+
+
+def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """The reason that a backend cannot run an op on such a tensor, None if it can."""
+    if backend == "reference":
+        return None
+    dtypes = _KERNELS.get((op, backend, device))
+    if dtypes is None:
+        return f"it has no {op} kernel for {device} tensors"
+    if dtype not in dtypes:
+        return f"its {op} kernel takes {', '.join(sorted(map(str, dtypes)))}, not {dtype}"
+    if backend == "native" and NATIVE_MISSING is not None:
+        return f"the compiled library is missing: {NATIVE_MISSING}"
+    return None
+
+
+def choose(op: str, backend: str | None, x: Tensor) -> str:
+    """The backend that runs `op` on `x`: the one named, else DDPM_FAST_BACKEND's, else the fastest that can.
+
+    Raises ValueError for a name that is none, RuntimeError for a backend that is named and cannot run: a
+    forced choice is never substituted.
+    """
+    named = backend if backend is not None else FORCED_BACKEND
+    if named is None:
+        return "reference" if why_not(op, "native", x.device.type, x.dtype) else "native"
+    if named not in BACKENDS:
+        raise ValueError(f"backend={named!r} is not known; allowed: {', '.join(BACKENDS)} or None")
+    reason = why_not(op, named, x.device.type, x.dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {named!r} cannot run {op} here: {reason}")
+    return named

@@ -1,0 +1,192 @@
+"""GroupNorm and SiLU, with the time embedding before and FiLM after, in one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._checks import check, check_floating, describe
+from ._dispatch import LIBRARY, choose, define
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """Group normalisation (Wu & He 2018) with what a diffusion U-Net puts around it.
+
+    Equivalent to::
+
+        h = x if add is None else x + add[:, :, None, None]
+        h = torch.nn.functional.group_norm(h, num_groups, weight, bias, eps)
+        if scale is not None: h = h * (1 + scale[:, :, None, None])
+        if shift is not None: h = h + shift[:, :, None, None]
+        return torch.nn.functional.silu(h)                         # act="silu"
+
+    with statistics in float32 whatever the dtype, in two passes (no E[x^2] - E[x]^2), and one rounding.
+    Differentiable in every tensor.
+
+    Args:
+        x: ``(B, C, ...)`` float32, bfloat16, float16 or float64; contiguous or channels_last, which is kept.
+        num_groups: divides C.
+        weight, bias: ``(C,)``, any floating dtype.
+        eps: added to the variance; at least 0.
+        add: ``(B, C)``, added before the statistics: the time embedding (Ho et al. 2020).
+        scale, shift: ``(B, C)``, FiLM after the affine (Dhariwal & Nichol 2021, section 3).
+        act: "silu" or "none".
+        backend: "native", "triton", "reference", or None for the fastest here.
+
+    Returns:
+        Like ``x``, in its layout.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
+        RuntimeError: a backend named that cannot run here.
+    """
+    check_floating("x", x, 2)
+    batch, channels = x.shape[:2]
+    check(
+        isinstance(num_groups, int) and num_groups > 0 and channels % num_groups == 0,
+        f"num_groups must divide x's {channels} channels, got {num_groups}",
+    )
+    check(x.numel() > 0, f"x must not be empty, got shape {tuple(x.shape)}")
+    for name, value, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("add", add, (batch, channels)),
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+    ):
+        if value is not None:
+            check_floating(name, value, 1)
+            check(
+                tuple(value.shape) == shape and value.device == x.device,
+                f"{name} must have shape {shape} on {x.device}, got {describe(value)}",
+            )
+    check(act in ("silu", "none"), f"act={act!r} is not known; allowed: silu, none")
+    check(eps >= 0, f"eps must be at least 0, got {eps}")
+    native = choose("group_norm_silu", backend, x) != "reference"
+    run = torch.ops.ddpm_fast.group_norm_silu if native else _reference
+    return run(x, num_groups, weight, bias, eps, add, scale, shift, act == "silu")
+
+
+def _reference(x, num_groups, weight, bias, eps, add, scale, shift, silu):
+    act = "silu" if silu else "none"
+    return reference.group_norm_silu(
+        x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, act=act
+    )
+
+
+def _reference_backward(grad, x, num_groups, weight, bias, eps, add, scale, shift, silu):
+    """Gradients to (x, weight, bias, add, scale, shift); an empty tensor for each that was not given.
+
+    The normalised activation is recomputed rather than stored: the forward keeps its inputs only.
+    """
+    dtype = reference.compute_dtype(x.dtype)
+    batch, channels = x.shape[:2]
+    pixels = tuple(range(2, x.dim()))
+
+    def per_channel(values: Tensor) -> Tensor:  # (C,) or (B, C) -> (1 or B, C, 1, ...)
+        return values.to(dtype).reshape(-1, channels, *[1] * len(pixels))
+
+    def sum_pixels(values: Tensor) -> Tensor:  # (B, C, ...) -> (B, C)
+        return values.sum(pixels) if pixels else values
+
+    h = x.to(dtype) if add is None else x.to(dtype) + per_channel(add)
+    grouped = h.reshape(batch, num_groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=-1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    normal = ((grouped - mean) * rstd).reshape(x.shape)
+    affine = normal if weight is None else normal * per_channel(weight)
+    if bias is not None:
+        affine = affine + per_channel(bias)
+    gain = 1 if scale is None else 1 + per_channel(scale)
+
+    grad = grad.to(dtype)
+    if silu:
+        y = affine * gain
+        if shift is not None:
+            y = y + per_channel(shift)
+        gate = torch.sigmoid(y)
+        grad = grad * gate * (1 + y * (1 - gate))
+    grad_shift = sum_pixels(grad)
+    grad_scale = sum_pixels(grad * affine)
+    grad = grad * gain
+    grad_bias = sum_pixels(grad).sum(0)
+    grad_weight = sum_pixels(grad * normal).sum(0)
+    if weight is not None:
+        grad = grad * per_channel(weight)
+
+    grad, normal = (v.reshape(batch, num_groups, -1) for v in (grad, normal))
+    centered = grad - grad.mean(-1, keepdim=True) - normal * (grad * normal).mean(-1, keepdim=True)
+    grad_x = (rstd * centered).reshape(x.shape)
+    grad_add = sum_pixels(grad_x)
+
+    def as_given(value: Tensor, like: Tensor | None) -> Tensor:
+        return x.new_empty(0) if like is None else value.to(like.dtype)
+
+    return (
+        grad_x.to(x.dtype).contiguous(memory_format=reference.memory_format(x)),
+        as_given(grad_weight, weight),
+        as_given(grad_bias, bias),
+        as_given(grad_add, add),
+        as_given(grad_scale, scale),
+        as_given(grad_shift, shift),
+    )
+
+
+def _fake(x, *_):
+    return torch.empty_like(x, memory_format=reference.memory_format(x))
+
+
+def _fake_backward(grad, x, num_groups, weight, bias, eps, add, scale, shift, silu):
+    def like(value: Tensor | None) -> Tensor:
+        return x.new_empty(0) if value is None else value.new_empty(value.shape)
+
+    return _fake(x), like(weight), like(bias), like(add), like(scale), like(shift)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    x, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias, add, scale, shift)
+
+
+def _backward(ctx, grad):
+    x, weight, bias, add, scale, shift = ctx.saved_tensors
+    grads = torch.ops.ddpm_fast.group_norm_silu_backward(
+        grad, x, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, ctx.silu
+    )
+    given = (x, weight, bias, add, scale, shift)
+    d_x, d_weight, d_bias, d_add, d_scale, d_shift = (
+        None if value is None else d for value, d in zip(given, grads, strict=True)
+    )
+    return d_x, None, d_weight, d_bias, None, d_add, d_scale, d_shift, None
+
+
+define(
+    "group_norm_silu",
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, Tensor? scale, "
+    "Tensor? shift, bool silu) -> Tensor",
+    _reference,
+    _fake,
+)
+define(
+    "group_norm_silu_backward",
+    "(Tensor grad, Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, "
+    "Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _reference_backward,
+    _fake_backward,
+)
+torch.library.register_autograd(
+    "ddpm_fast::group_norm_silu", _backward, setup_context=_save_inputs, lib=LIBRARY
+)

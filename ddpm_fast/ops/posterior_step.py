@@ -1,0 +1,210 @@
+"""One step of any sampler: a row of its table applied to (x, out) in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._checks import (
+    Table,
+    as_image_index,
+    as_index,
+    as_seed,
+    as_table,
+    at_hand,
+    check,
+    check_floating,
+    check_like,
+    check_range,
+    describe,
+)
+from ._dispatch import choose, define
+
+
+def posterior_step(
+    x: Tensor,
+    out: Tensor,
+    table: Table,
+    i: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    image_index: int | Tensor | None = None,
+    x0_prev: Tensor | None = None,
+    clip: float | Tensor | None = 1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Take sampler step ``i``: from ``x`` and the network's ``out`` to the next ``x`` and this step's ``x0``.
+
+    Equivalent to, with ``p, q, a, b, c, d, s = table[i]``::
+
+        x0     = clip(p * x + q * out)
+        x_next = a * x0 + b * x + c * out + d * x0_prev + s * noise
+
+    which is DDPM (Ho et al. 2020, eq. 7 and 11), DDIM (Song et al. 2021, eq. 12) and DPM-Solver++(2M)
+    (Lu et al. 2022, algorithm 2), whichever the table is of. With a learned range (nine columns; Nichol &
+    Dhariwal 2021, eq. 15) the second half of ``out``'s channels sets the noise's scale. Computed in float32,
+    rounded once. An operand whose coefficient is zero is not used.
+
+    Args:
+        x: ``(B, C, ...)`` float32, bfloat16, float16 or float64.
+        out: ``(B, C, ...)``, or ``(B, 2C, ...)`` where the network also predicts a variance; x's dtype, or
+            bfloat16 or float16 beside a float32 ``x``; any memory layout.
+        table: a `StepTable`, or its ``(N, 7)`` or ``(N, 9)`` tensor, float32 (float64 for float64 ``x``).
+        i: the step of this run, 0-d or ``(B,)`` int64: each sample may stand at its own. An int is taken too.
+        noise: like ``x``; or
+        seed, image_index: the noise is drawn inside, as `counter_normal(x.shape, seed, image_index, i)`.
+        x0_prev: like ``x``, the ``x0`` that the step before returned; only DPM-Solver++(2M) needs it.
+        clip: bound of ``|x0|``: a number, ``(B,)`` float32 (infinity: none), or None.
+        backend: "native", "triton", "reference", or None for the fastest here (the reference where a
+            gradient is asked for: kernels have none).
+
+    Returns:
+        ``(x_next, x0)``, like ``x``, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind, dtype, shape or device; noise or x0_prev missing
+            where row ``i`` needs it (on a GPU, which is not asked, the result is NaN).
+        IndexError: ``i`` outside the table (on a GPU, an assertion on the device).
+        RuntimeError: a backend named that cannot run here.
+    """
+    args = _arguments(x, out, table, i, noise, seed, image_index, x0_prev, clip)
+    differentiable = torch.is_grad_enabled() and any(
+        v is not None and v.requires_grad for v in (x, out, noise, x0_prev)
+    )
+    if differentiable and backend is None:
+        backend = "reference"
+    native = choose("posterior_step", backend, x) != "reference"
+    check(not (native and differentiable), "x, out, noise, x0_prev: only backend='reference' has gradients")
+    return (torch.ops.ddpm_fast.posterior_step if native else _reference)(*args)
+
+
+def posterior_step_(
+    x: Tensor,
+    out: Tensor,
+    table: Table,
+    i: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    image_index: int | Tensor | None = None,
+    x0: Tensor | None = None,
+    clip: float | Tensor | None = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """`posterior_step` in place, for loops and CUDA graphs: ``x`` becomes ``x_next``, and is returned.
+
+    ``x0``, if given, is read as the step before's and overwritten with this step's; without it this step's is
+    not stored. ``x`` and ``x0`` are contiguous. Not differentiable.
+
+    Raises:
+        As `posterior_step`.
+    """
+    for name, value in (("x", x), ("x0", x0)):
+        check(value is None or value.is_contiguous(), f"{name} must be contiguous to be written in place")
+    *args, clip, clip_each = _arguments(x, out, table, i, noise, seed, image_index, x0, clip)
+    if choose("posterior_step", backend, x) == "reference":
+        with torch.no_grad():
+            _reference_(*args, clip, clip_each)
+    else:
+        torch.ops.ddpm_fast.posterior_step_(*args, clip, clip_each)
+    return x
+
+
+def _arguments(x, out, table, i, noise, seed, image_index, x0_prev, clip):
+    """The checked arguments of the registered op, in its order."""
+    check_floating("x", x, 2)
+    check_floating("out", out, 2)
+    channels = x.shape[1]
+    check(
+        out.shape[0] == x.shape[0]
+        and out.shape[1] in (channels, 2 * channels)
+        and out.shape[2:] == x.shape[2:]
+        and out.device == x.device,
+        f"out must have x's shape {tuple(x.shape)}, or twice its {channels} channels, on {x.device}; "
+        f"got {describe(out)}",
+    )
+    if out.dtype != x.dtype and not (x.dtype == torch.float32 and out.dtype != torch.float64):
+        raise TypeError(f"out must be {x.dtype} like x, or a half type beside a float32 x; got {out.dtype}")
+    table = as_table(table, x, (7, 9))
+    check(
+        table.shape[1] == 7 or out.shape[1] == 2 * channels,
+        f"a table with a learned range needs out with {2 * channels} channels, got {out.shape[1]}",
+    )
+    i = as_index("i", i, x)
+    check(noise is None or seed is None, "give noise or seed, not both")
+    check((seed is None) == (image_index is None), "seed and image_index go together: give both or neither")
+    for name, value in (("noise", noise), ("x0_prev", x0_prev)):
+        if value is not None:
+            check_like(name, value, x, "x")
+    if seed is not None:
+        seed = as_seed(seed, x.shape[0], x.device)
+        image_index = as_image_index(image_index, x.shape[0], x.device)
+    clip_each = None
+    if isinstance(clip, Tensor):
+        check(
+            tuple(clip.shape) == (x.shape[0],) and clip.dtype == torch.float32 and clip.device == x.device,
+            f"clip must be None, a number or ({x.shape[0]},) float32 on {x.device}; got {describe(clip)}",
+        )
+        clip, clip_each = math.inf, clip
+    elif clip is None:
+        clip = math.inf
+    elif isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
+        raise ValueError(f"clip must be None, a positive number or a (B,) float32 Tensor, got {clip!r}")
+    return x, out, table, i, noise, seed, image_index, x0_prev, float(clip), clip_each
+
+
+def _reference(x, out, table, i, noise, seed, image_index, x0_prev, clip, clip_each):
+    check_range("i", i, table.shape[0])
+    if at_hand(x):
+        for column, name, missing in (
+            (5, "x0_prev", x0_prev is None),
+            (6, "noise or seed", noise is None and seed is None),
+        ):
+            if missing and bool((table[i, column] != 0).any()):
+                raise ValueError(f"{name} is missing, and row i of the table needs it")
+    x_next, x0 = reference.posterior_step(
+        x,
+        out,
+        table,
+        i,
+        noise=noise,
+        seed=seed,
+        image_index=image_index,
+        x0_prev=x0_prev,
+        clip=clip_each if clip_each is not None else clip,
+    )
+    return x_next.contiguous(), x0.contiguous()
+
+
+def _reference_(x, out, table, i, noise, seed, image_index, x0, clip, clip_each):
+    x_next, x0_next = _reference(x, out, table, i, noise, seed, image_index, x0, clip, clip_each)
+    x.copy_(x_next)
+    if x0 is not None:
+        x0.copy_(x0_next)
+
+
+def _fake(x, *_):
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+    )
+
+
+define(
+    "posterior_step",
+    "(Tensor x, Tensor out, Tensor table, Tensor i, Tensor? noise, Tensor? seed, Tensor? image_index, "
+    "Tensor? x0_prev, float clip, Tensor? clip_each) -> (Tensor, Tensor)",
+    _reference,
+    _fake,
+)
+define(
+    "posterior_step_",
+    "(Tensor(a!) x, Tensor out, Tensor table, Tensor i, Tensor? noise, Tensor? seed, Tensor? image_index, "
+    "Tensor(b!)? x0, float clip, Tensor? clip_each) -> ()",
+    _reference_,
+    lambda *_: None,
+)

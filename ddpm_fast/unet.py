@@ -1,0 +1,413 @@
+"""The U-Net of Ho et al. 2020 (arXiv 2006.11239, appendix B), in the forms that its descendants gave it.
+
+One topology: 3x3 convolution in; levels of residual blocks, each level optionally with self-attention, the
+resolution halved between levels; residual block, attention, residual block in the middle; the way back up,
+each block also reading one stored activation of the way down; norm, SiLU, 3x3 convolution out. All else is a
+field of `UNetConfig`. Fields and parameters have diffusers' names where it has one for the same thing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+
+__all__ = ["UNet", "UNetConfig", "timestep_embedding"]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What a :class:`UNet` is made of. The defaults are the conventions of Ho et al. 2020.
+
+    Attributes:
+        block_out_channels: channels of each level, from the full resolution down.
+        down_attention: per level on the way down: does attention follow each residual block?
+        up_attention: the same on the way up, so from the lowest resolution to the full one.
+        sample_size: image side or (height, width) of training; None if it was not recorded.
+        in_channels, out_channels: of the image and of the prediction (2C with a learned variance).
+        layers_per_block: residual blocks per level on the way down; the way up has one more.
+        mid_attention: is there attention between the two residual blocks in the middle?
+        attention_head_dim: channels per attention head; None for a single head.
+        norm_num_groups, norm_eps: of every GroupNorm.
+        attn_norm_num_groups: groups of the middle attention's GroupNorm. None: ``norm_num_groups`` with the
+            "default" time shift, and no GroupNorm at all with "scale_shift" (as diffusers has it).
+        downsample_padding: 1, or 0 to pad only the bottom and the right, by one (TensorFlow's "SAME").
+        flip_sin_to_cos, freq_shift: the convention of :func:`timestep_embedding`.
+        time_embedding_dim: None for ``4 * block_out_channels[0]``.
+        center_input_sample: feed ``2 * x - 1``, for images in [0, 1].
+        mid_block_scale_factor: every residual sum in the middle is divided by it.
+        dropout: probability, before each residual block's second convolution.
+        resnet_time_scale_shift: "default" adds the time embedding before the second norm; "scale_shift"
+            scales and shifts after it (Dhariwal & Nichol 2021, arXiv 2105.05233).
+        num_class_embeds: number of classes, or None for an unconditional model.
+
+    Raises:
+        ValueError: naming the field, what was given and what is allowed.
+    """
+
+    block_out_channels: tuple[int, ...]
+    down_attention: tuple[bool, ...]
+    up_attention: tuple[bool, ...]
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    layers_per_block: int = 2
+    mid_attention: bool = True
+    attention_head_dim: int | None = None
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    attn_norm_num_groups: int | None = None
+    downsample_padding: int = 0
+    flip_sin_to_cos: bool = False
+    freq_shift: float = 1
+    time_embedding_dim: int | None = None
+    center_input_sample: bool = False
+    mid_block_scale_factor: float = 1.0
+    dropout: float = 0.0
+    resnet_time_scale_shift: str = "default"
+    num_class_embeds: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_out_channels", "down_attention", "up_attention", "sample_size"):
+            if isinstance(value := getattr(self, name), list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(value))
+
+        def require(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"UNetConfig.{name}: got {getattr(self, name)!r}, allowed: {allowed}")
+
+        def positive(*values: Any) -> bool:
+            return all(isinstance(value, int) and value > 0 for value in values)
+
+        for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            require(positive(getattr(self, name)), name, "a positive integer")
+        for name in ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim", "num_class_embeds"):
+            value = getattr(self, name)
+            require(value is None or positive(value), name, "a positive integer or None")
+
+        channels, groups, head_dim = self.block_out_channels, self.norm_num_groups, self.attention_head_dim
+        ok = isinstance(channels, tuple) and channels and positive(*channels)
+        ok = ok and all(c % groups == 0 for c in channels)
+        require(ok, "block_out_channels", f"one or more positive multiples of norm_num_groups={groups}")
+        for name in ("down_attention", "up_attention"):
+            flags = getattr(self, name)
+            ok = isinstance(flags, tuple) and len(flags) == len(channels) and {*flags} <= {True, False}
+            require(ok, name, f"{len(channels)} booleans, one for each of block_out_channels={channels}")
+
+        here = zip(channels * 2, self.down_attention + self.up_attention[::-1], strict=True)
+        attended = {c for c, flag in here if flag} | ({channels[-1]} if self.mid_attention else set())
+        ok = head_dim is None or all(c % head_dim == 0 for c in attended)
+        require(ok, "attention_head_dim", f"None or a divisor of the attended channels {sorted(attended)}")
+        ok = self.attn_norm_num_groups is None or channels[-1] % self.attn_norm_num_groups == 0
+        require(ok, "attn_norm_num_groups", f"None or a divisor of the middle's {channels[-1]} channels")
+
+        factor = 2 ** (len(channels) - 1)
+        sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
+        ok = len(sides) == 2 and positive(*sides) and all(side % factor == 0 for side in sides)
+        allowed = f"None, a positive multiple of {factor}, or two (each level below the first halves them)"
+        require(self.sample_size is None or ok, "sample_size", allowed)
+
+        half = channels[0] // 2
+        require(self.freq_shift < half, "freq_shift", f"less than {half}, half of block_out_channels[0]")
+        require(self.norm_eps > 0, "norm_eps", "a positive number")
+        require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
+        require(self.mid_block_scale_factor != 0, "mid_block_scale_factor", "a number other than 0")
+        require(0 <= self.dropout < 1, "dropout", "0 <= dropout < 1")
+        ok = self.resnet_time_scale_shift in ("default", "scale_shift")
+        require(ok, "resnet_time_scale_shift", "'default' or 'scale_shift'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as values that JSON can hold; :meth:`from_dict` takes them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """Inverse of :meth:`to_dict`. Raises ValueError naming every field that is unknown or missing."""
+        names = {field.name for field in fields(cls)}
+        unknown, missing = sorted(values.keys() - names), sorted(names - values.keys())
+        if unknown or missing:
+            raise ValueError(f"UNetConfig.from_dict: unknown fields {unknown}, missing fields {missing}")
+        return cls(**values)
+
+
+def timestep_embedding(
+    t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, freq_shift: float = 1
+) -> Tensor:
+    """Sinusoids of the time (Vaswani et al. 2017): ``[sin(t w), cos(t w)]``, ``w_k = 10000^(-k / n)``.
+
+    Args:
+        t: ``(B,)``, integer or floating.
+        dim: of the embedding; an odd one ends in a zero.
+        flip_sin_to_cos: ``[cos, sin]`` instead (OpenAI's convention; Ho et al. 2020 have sin first).
+        freq_shift: ``n = dim // 2 - freq_shift``: 1 in Ho et al. 2020, 0 in OpenAI's code.
+
+    Returns:
+        ``(B, dim)``, computed in float64 if ``t`` is float64, else in float32.
+    """
+    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / (half - freq_shift)
+    angle = t[:, None].to(dtype) * exponent.exp()
+    sin, cos = angle.sin(), angle.cos()
+    waves = torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=-1)
+    return F.pad(waves, (0, 1)) if dim % 2 else waves
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm``'s parameters on the fused op: `ops.group_norm_silu` explains the keywords."""
+
+    def forward(self, x: Tensor, **fused: Any) -> Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, **fused)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, time, norm, SiLU, dropout, conv, plus the input: (B, C_in, H, W) -> (B, C_out, H, W).
+
+    ``temb`` is the time embedding *after* its SiLU, (B, time_dim): every block would begin with the same one.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, config: UNetConfig, output_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.output_scale = output_scale
+        self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
+        self.norm1 = GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        time_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
+        self.time_emb_proj = nn.Linear(time_dim, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        time = self.time_emb_proj(temb)
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, add=time)
+        return _residual(self.conv_shortcut(x), self.conv2(self.dropout(h)), self.output_scale)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, plus the input: (B, C, H, W) -> (B, C, H, W).
+
+    ``groups`` None leaves the norm out. A channels_last ``x`` is read and written without a copy.
+    """
+
+    def __init__(
+        self, channels: int, groups: int | None, config: UNetConfig, output_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.output_scale = output_scale
+        self.heads = channels // (config.attention_head_dim or channels)
+        self.group_norm = None if groups is None else GroupNorm(groups, channels, config.norm_eps)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = _zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.group_norm is None else self.group_norm(x, act="none")
+        qkv = self.to_qkv(h.flatten(2).transpose(1, 2))  # (B, HW, 3C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+        h = self.to_out(h.transpose(1, 2).flatten(2))  # (B, HW, C)
+        return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.output_scale)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+
+
+class Upsample(nn.Module):
+    """Every pixel four times, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: its residual blocks, what follows each of them, the change of resolution at the end."""
+
+    def __init__(
+        self, resnets: list[nn.Module], attentions: list[nn.Module], resample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """Predicts noise, x0 or v from a noisy image and its time (Ho et al. 2020; Dhariwal & Nichol 2021).
+
+    Weights start as PyTorch starts them, except that the second convolution of every residual block, the
+    output projection of every attention and the last convolution start at zero (Ho et al.: scaled by 1e-10).
+    So every block begins as its shortcut, and an untrained network predicts 0.
+
+    Traces whole under ``torch.compile(fullgraph=True)`` and keeps channels_last throughout.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        width, last = channels[0], len(channels) - 1
+        time_dim = config.time_embedding_dim or 4 * width
+
+        def level(widths: list[tuple[int, int]], attend: bool, resample: nn.Module | None) -> Level:
+            resnets = [ResBlock(before, after, config) for before, after in widths]
+            attentions = [
+                Attention(after, groups, config) if attend else nn.Identity() for _, after in widths
+            ]
+            return Level(resnets, attentions, resample)
+
+        self.time_embedding = nn.Sequential(
+            OrderedDict(
+                linear_1=nn.Linear(width, time_dim),
+                act=nn.SiLU(),
+                linear_2=nn.Linear(time_dim, time_dim),
+            )
+        )
+        classes = config.num_class_embeds
+        self.class_embedding = None if classes is None else nn.Embedding(classes, time_dim)
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+
+        skips = [width]
+        self.down_blocks = nn.ModuleList()
+        for i, (out, attend) in enumerate(zip(channels, config.down_attention, strict=True)):
+            widths = [(width, out)] + [(out, out)] * (config.layers_per_block - 1)
+            resample = Downsample(out, config.downsample_padding) if i < last else None
+            self.down_blocks.append(level(widths, attend, resample))
+            skips += [out] * (config.layers_per_block + (i < last))
+            width = out
+
+        scale = config.mid_block_scale_factor
+        mid_groups = config.attn_norm_num_groups
+        if mid_groups is None and config.resnet_time_scale_shift == "default":
+            mid_groups = groups
+        between = Attention(width, mid_groups, config, scale) if config.mid_attention else nn.Identity()
+        resnets = [ResBlock(width, width, config, scale) for _ in range(2)]
+        self.mid_block = Level(resnets, [between, nn.Identity()], None)
+
+        self.up_blocks = nn.ModuleList()
+        for i, (out, attend) in enumerate(zip(channels[::-1], config.up_attention, strict=True)):
+            inner = [width] + [out] * config.layers_per_block
+            widths = [(before + skips.pop(), out) for before in inner]
+            self.up_blocks.append(level(widths, attend, Upsample(out) if i < last else None))
+            width = out
+
+        self.conv_norm_out = GroupNorm(groups, width, config.norm_eps)
+        self.conv_out = _zero(nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image. Raises ValueError if the config has no ``sample_size``."""
+        size = self.config.sample_size
+        if size is None:
+            raise ValueError("this U-Net's config has no sample_size: give the shape")
+        return (self.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x: ``(B, in_channels, H, W)`` in the parameters' dtype; each level but the last halves H and W.
+            t: training time: ``(B,)`` or 0-d tensor, integer or floating, or a number.
+            class_labels: ``(B,)`` int64, for a model with ``num_class_embeds``, and only for one.
+
+        Returns:
+            ``(B, out_channels, H, W)``, in ``x``'s dtype and layout.
+
+        Raises:
+            ValueError: a shape or dtype that the model cannot take, or class labels missing or not expected.
+        """
+        self._check(x, class_labels)
+        temb = self._embed(t, x, class_labels)
+        h = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
+        skips = [h]
+        for level in self.down_blocks:
+            for resnet, attention in zip(level.resnets, level.attentions, strict=True):
+                h = attention(resnet(h, temb))
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
+            h = attention(resnet(h, temb))
+        for level in self.up_blocks:
+            for resnet, attention in zip(level.resnets, level.attentions, strict=True):
+                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), temb))
+            if level.resample is not None:
+                h = level.resample(h)
+        return self.conv_out(self.conv_norm_out(h))
+
+    def _embed(self, t: Tensor | float, x: Tensor, class_labels: Tensor | None) -> Tensor:
+        """SiLU of the embedding of time and class: (B, time_dim)."""
+        batch, dtype = x.shape[0], self.time_embedding.linear_1.weight.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        if not isinstance(t, Tensor):
+            t = torch.full((), t, dtype=exact, device=x.device)
+        if t.shape not in ((), (1,), (batch,)):
+            raise ValueError(f"t must be a number or have shape () or ({batch},), got {tuple(t.shape)}")
+        t = t.to(device=x.device, dtype=exact).expand(batch)
+        waves = timestep_embedding(
+            t,
+            self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        )
+        embedding = self.time_embedding(waves.to(dtype))
+        if class_labels is not None:
+            embedding = embedding + self.class_embedding(class_labels)
+        return F.silu(embedding)
+
+    def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
+        channels, factor = self.config.in_channels, 2 ** (len(self.config.block_out_channels) - 1)
+        if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"x must be (B, {channels}, H, W) with H and W divisible by {factor}, got {tuple(x.shape)}"
+            )
+        if x.dtype != self.conv_in.weight.dtype:
+            raise ValueError(f"x is {x.dtype} and the model's parameters are {self.conv_in.weight.dtype}")
+        if (class_labels is None) != (self.class_embedding is None):
+            state = "needs" if class_labels is None else "has no class embedding and takes no"
+            raise ValueError(
+                f"this U-Net {state} class_labels (num_class_embeds={self.config.num_class_embeds})"
+            )
+        if class_labels is not None and class_labels.shape != x.shape[:1]:
+            raise ValueError(f"class_labels must have shape ({x.shape[0]},), got {tuple(class_labels.shape)}")
+
+
+def _residual(x: Tensor, h: Tensor, output_scale: float) -> Tensor:
+    # x first: where the layouts differ, the sum takes that of its first operand.
+    total = x + h
+    return total if output_scale == 1 else total / output_scale
+
+
+def _zero(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

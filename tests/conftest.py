@@ -1,0 +1,35 @@
+"""Shared by all tests: backends that can run here, seeded generators, poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast.ops import _dispatch
+
+
+@pytest.fixture
+def generator(request) -> torch.Generator:
+    """A generator whose seed depends on the test's own name only."""
+    seed = sum(ord(c) * 31**k for k, c in enumerate(request.node.name)) % 2**31
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def poisoned():
+    """Fill every uninitialised tensor with NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request) -> str:
+    """Every backend; one that is not built here is a skip that says why."""
+    reason = _dispatch.why_not("group_norm_silu", request.param, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    return request.param

@@ -1,0 +1,352 @@
+"""Every op, backend, dtype and layout against the float64 reference, by one error rule."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from op_cases import CASES, DTYPES, EAGER, cast, upcast
+
+from ddpm_fast import ops, reference
+from ddpm_fast.ops import _dispatch
+
+LAYOUTS = ("contiguous", "channels_last")
+ALL = list(itertools.product(CASES, DTYPES, LAYOUTS))
+FIRSTS = {op: next(c for c in CASES if c.op == op) for op in EAGER}
+
+
+def names(value) -> str:
+    return getattr(value, "id", None) or str(value).removeprefix("torch.")
+
+
+def tuple_of(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check_error_rule(got, eager, exact, what=""):
+    """err(kernel) <= 2 err(eager, same dtype) + eps(dtype) max|ref|; NaN never passes."""
+    assert got.shape == exact.shape
+    error = (got.double() - exact).abs().max().item()
+    allowed = 2 * (eager.double() - exact).abs().max().item()
+    allowed += torch.finfo(got.dtype).eps * exact.abs().max().item()
+    assert error <= allowed, f"{what} error {error:.3g} > allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case,dtype,layout", ALL, ids=names)
+def test_against_float64(case, dtype, layout, backend, generator, poisoned):
+    inputs = cast(case.inputs(generator), dtype, layout)
+    exact = tuple_of(getattr(reference, case.op)(**upcast(inputs)))
+    eager = tuple_of(EAGER[case.op](**inputs))
+    got = tuple_of(getattr(ops, case.op)(**inputs, backend=backend))
+    for g, e, x in zip(got, eager, exact, strict=True):
+        assert g.dtype == dtype
+        check_error_rule(g, e, x)
+    if case.op != "posterior_step":
+        x = inputs["x" if case.op == "group_norm_silu" else "x0"]
+        assert got[0].stride() == x.contiguous(memory_format=reference.memory_format(x)).stride()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in ("q_sample", "posterior_step")], ids=names)
+def test_float64_is_exact(case, backend, generator):
+    inputs = case.inputs(generator)
+    got = tuple_of(getattr(ops, case.op)(**cast(inputs, torch.float64), backend=backend))
+    for g, e in zip(got, tuple_of(getattr(reference, case.op)(**inputs)), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_float32_state_takes_half_out_in_any_layout(out_dtype, backend, generator):
+    inputs = cast(next(c for c in CASES if c.name == "learned").inputs(generator), torch.float32)
+    inputs["out"] = inputs["out"].to(out_dtype)
+    exact = reference.posterior_step(**upcast(inputs))
+    inputs["out"] = inputs["out"].contiguous(memory_format=torch.channels_last)
+    got = ops.posterior_step(**inputs, backend=backend)
+    for g, e in zip(got, exact, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op == "posterior_step"], ids=names)
+@pytest.mark.parametrize("stores_x0", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_step_in_place_is_the_step(case, stores_x0, dtype, backend, generator):
+    inputs = cast(case.inputs(generator), dtype)
+    x_next, x0_next = ops.posterior_step(**inputs, backend=backend)
+    x, x0_prev = inputs.pop("x").clone(), inputs.pop("x0_prev")
+    x0 = torch.zeros_like(x) if x0_prev is None else x0_prev.clone()
+    if not stores_x0 and x0_prev is not None:
+        pytest.skip("a history needs the buffer")
+    assert ops.posterior_step_(x, x0=x0 if stores_x0 else None, **inputs, backend=backend) is x
+    assert torch.equal(x, x_next)
+    assert not stores_x0 or torch.equal(x0, x0_next)
+
+
+def test_unused_operands_may_hold_anything(backend, generator):
+    inputs = cast(FIRSTS["posterior_step"].inputs(generator), torch.float32)
+    inputs["table"][:, 4:7] = 0
+    nan = torch.full_like(inputs["x"], float("nan"))
+    x_next, _ = ops.posterior_step(**inputs | {"noise": nan, "x0_prev": nan}, backend=backend)
+    assert x_next.isfinite().all()
+    inputs["out"].view(-1)[0] = float("inf")
+    x_next, x0 = ops.posterior_step(**inputs, backend=backend)
+    assert x_next.isfinite().all() and x0.view(-1)[0].abs() == 1
+
+
+def test_nan_stays(backend, generator):
+    inputs = cast(FIRSTS["posterior_step"].inputs(generator), torch.float32)
+    inputs["out"].view(-1)[5] = float("nan")
+    x_next, x0 = ops.posterior_step(**inputs, backend=backend)
+    assert x_next.view(-1)[5].isnan() and x0.view(-1)[5].isnan() and x_next.isnan().sum() == 1
+    norm = cast(FIRSTS["group_norm_silu"].inputs(generator), torch.float32)
+    norm["x"][0, 0, 0, 0] = float("nan")
+    y = ops.group_norm_silu(**norm, backend=backend)
+    assert y[0, :4].isnan().all() and y[0, 4:].isfinite().all() and y[1].isfinite().all()
+
+
+# ---- gradients ----
+
+NORMS = [c for c in CASES if c.op == "group_norm_silu"]
+
+
+@pytest.mark.parametrize("case", NORMS, ids=names)
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_gradients_against_float64_autograd(case, dtype, layout, backend, generator):
+    """To x, weight, bias, add, scale, shift, through `torch.nn.functional.group_norm` in float64."""
+    if case.name in ("constant", "tiny"):
+        pytest.skip("the gradient is divided by a standard deviation that rounding has made")
+    inputs = cast(case.inputs(generator), dtype, layout)
+    tensors = [k for k, v in inputs.items() if isinstance(v, torch.Tensor)]
+
+    def gradients(run, inputs):
+        leaves = {k: inputs[k].detach().clone().requires_grad_() for k in tensors}
+        y = run(**inputs | leaves)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+
+    exact = gradients(EAGER["group_norm_silu"], upcast(inputs))
+    eager = gradients(EAGER["group_norm_silu"], inputs)
+    got = gradients(lambda **k: ops.group_norm_silu(**k, backend=backend), inputs)
+    for name, g, e, x in zip(tensors, got, eager, exact, strict=True):
+        assert g.dtype == dtype and g.shape == x.shape
+        check_error_rule(g, e, x, name)
+
+
+def test_norm_gradcheck(generator):
+    names = ("x", "weight", "bias", "add", "scale", "shift")
+    inputs = next(c for c in CASES if c.name == "odd-groups").inputs(generator)
+    inputs["add"] = torch.randn(2, 21, generator=generator, dtype=torch.float64)
+    leaves = [inputs[n][..., :2] if n == "x" else inputs[n] for n in names]
+    leaves = [v.detach().clone().requires_grad_() for v in leaves]
+    op = torch.ops.ddpm_fast.group_norm_silu.default
+    if _dispatch.NATIVE_MISSING is None:  # float64 is the reference's: call its registered backward by hand
+        from ddpm_fast.ops.group_norm_silu import _reference_backward
+
+        y = ops.group_norm_silu(leaves[0], 7, *leaves[1:3], add=leaves[3], scale=leaves[4], shift=leaves[5])
+        upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        exact = torch.autograd.grad(y, leaves, upstream)
+        got = _reference_backward(upstream, leaves[0], 7, *leaves[1:3], 1e-5, *leaves[3:], True)
+        for g, e in zip(got, exact, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9)
+    else:
+        assert torch.autograd.gradcheck(lambda x, w, b, *rest: op(x, 7, w, b, 1e-5, *rest, True), leaves)
+
+
+def test_q_sample_gradients(backend, generator):
+    inputs = cast(FIRSTS["q_sample"].inputs(generator), torch.float32)
+    x0, noise = (inputs[k].requires_grad_() for k in ("x0", "noise"))
+    upstream = torch.randn(x0.shape, generator=generator)
+    got = torch.autograd.grad(ops.q_sample(**inputs, backend=backend), (x0, noise), upstream)
+    weights = inputs["table"][inputs["t"]]
+    for k in range(2):
+        torch.testing.assert_close(got[k], weights[:, k, None, None, None] * upstream)
+    x_t, drawn = ops.q_sample_counter(x0, inputs["t"], inputs["table"], 1, 0, backend=backend)
+    assert not drawn.requires_grad
+    torch.testing.assert_close(
+        torch.autograd.grad(x_t, x0, upstream)[0], weights[:, 0, None, None, None] * upstream
+    )
+
+
+def test_step_gradients_come_from_the_reference(generator):
+    inputs = cast(FIRSTS["posterior_step"].inputs(generator), torch.float64)
+    x, out = (inputs[k].requires_grad_() for k in ("x", "out"))
+    x_next, _ = ops.posterior_step(**inputs)
+    expected = torch.autograd.grad(reference.posterior_step(**inputs)[0].sum(), (x, out))
+    for g, e in zip(torch.autograd.grad(x_next.sum(), (x, out)), expected, strict=True):
+        assert torch.equal(g, e)
+    if _dispatch.NATIVE_MISSING is None:
+        with pytest.raises(ValueError, match="gradients"):
+            ops.posterior_step(**inputs, backend="native")
+
+
+# ---- registration and tracing ----
+
+
+def registered(op, inputs):
+    """The arguments of the registered op, as the public function passes them."""
+    if op == "posterior_step":
+        from ddpm_fast.ops.posterior_step import _arguments
+
+        seed = image_index = None
+        return _arguments(
+            *(inputs[k] for k in ("x", "out", "table", "i", "noise")),
+            seed,
+            image_index,
+            inputs["x0_prev"],
+            inputs["clip"],
+        )
+    if op == "group_norm_silu":
+        return (*list(inputs.values())[:-1], inputs["act"] == "silu")
+    return tuple(inputs.values())
+
+
+OPCHECKED = [c for c in CASES if c.name in ("one", "everything", "odd", "row-each", "learned", "clip-each")]
+
+
+@pytest.mark.parametrize("case", OPCHECKED, ids=names)
+def test_opcheck(case, generator):
+    inputs = cast(case.inputs(generator), torch.float32, "channels_last")
+    if case.op != "posterior_step":
+        for value in inputs.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value.requires_grad_()
+        inputs.get("table", inputs.get("x")).requires_grad_(case.op == "group_norm_silu")
+    args = registered(case.op, inputs)
+    torch.library.opcheck(getattr(torch.ops.ddpm_fast, case.op).default, args)
+    if case.op == "posterior_step":
+        x = args[0].contiguous()
+        x0 = None if args[7] is None else args[7].contiguous()
+        torch.library.opcheck(torch.ops.ddpm_fast.posterior_step_.default, (x, *args[1:7], x0, *args[8:]))
+
+
+def test_opcheck_noise(generator):
+    seed, images = torch.tensor(5), torch.arange(3)
+    torch.library.opcheck(
+        torch.ops.ddpm_fast.counter_normal.default, ((3, 2, 5), seed, images, torch.tensor(1), 1)
+    )
+    q = cast(FIRSTS["q_sample"].inputs(generator), torch.float32)
+    x0 = q["x0"].requires_grad_()
+    torch.library.opcheck(
+        torch.ops.ddpm_fast.q_sample_counter.default, (x0, q["t"], q["table"], seed, images)
+    )
+    words = torch.arange(24).reshape(-1, 4)
+    torch.library.opcheck(torch.ops.ddpm_fast.philox4x32_10.default, (words, words[:, :2].contiguous()))
+
+
+@pytest.mark.parametrize("op", EAGER)
+def test_traces_whole(op, backend, generator):
+    inputs = cast(FIRSTS[op].inputs(generator), torch.float32)
+    run = getattr(ops, op)
+    compiled = torch.compile(
+        lambda inputs: run(**inputs, backend=backend), backend="aot_eager", fullgraph=True
+    )
+    for g, e in zip(tuple_of(compiled(inputs)), tuple_of(run(**inputs, backend=backend)), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6)
+
+
+def test_traces_whole_with_noise_inside(backend, generator):
+    inputs = cast(FIRSTS["posterior_step"].inputs(generator), torch.float32)
+    q = cast(FIRSTS["q_sample"].inputs(generator), torch.float32)
+
+    def run(x, out, table, i):
+        x_t, noise = ops.q_sample_counter(x, q["t"], q["table"], 7, 0, backend=backend)
+        ops.posterior_step_(x, out, table, i, seed=3, image_index=10, backend=backend)
+        return x_t, noise, x
+
+    args = [inputs[k] for k in ("x", "out", "table", "i")]
+    expected = run(args[0].clone(), *args[1:])
+    got = torch.compile(run, backend="aot_eager", fullgraph=True)(args[0].clone(), *args[1:])
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6)
+
+
+class NoSync(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU, or a graph capture fail."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"), f"{name} waits"
+        return func(*args, **(kwargs or {}))
+
+
+def test_step_is_safe_in_a_graph(backend, generator):
+    inputs = cast(FIRSTS["posterior_step"].inputs(generator), torch.float32)
+    seed, images = torch.tensor(1), torch.arange(3)
+    with NoSync():
+        if backend == "native":
+            ops.posterior_step_(
+                *(inputs[k] for k in ("x", "out", "table", "i")), seed=seed, image_index=images
+            )
+        else:
+            reference.posterior_step(**inputs)
+
+
+# ---- bad input ----
+
+
+def bad(op, error, match, **changes):
+    return pytest.param(op, error, match, changes, id=f"{op}-{'-'.join(changes)}-{match[:24]}")
+
+
+z = torch.zeros
+BAD = [
+    bad("q_sample", ValueError, "noise must be like x0", noise=z(3, 3, 32, 31)),
+    bad("q_sample", ValueError, "noise must be like x0", noise=z(3, 3, 32, 32, dtype=torch.float64)),
+    bad("q_sample", TypeError, "x0 must be float32", x0=z(3, 3, 32, 32, dtype=torch.int64)),
+    bad("q_sample", TypeError, "t must be an int or an int64", t=z(3, dtype=torch.int32)),
+    bad("q_sample", TypeError, "t must be an int or an int64", t=z(3)),
+    bad("q_sample", TypeError, "t must be an int or an int64", t=1.5),
+    bad("q_sample", ValueError, "one per sample", t=z(2, dtype=torch.int64)),
+    bad("q_sample", IndexError, r"t must be in \[0, 999\], got 1000", t=torch.tensor([0, 5, 1000])),
+    bad("q_sample", IndexError, r"t must be in \[0, 999\], got -1", t=torch.tensor([0, -1, 5])),
+    bad("q_sample", ValueError, "table must have shape", table=z(1000, 3)),
+    bad("q_sample", ValueError, "table must be torch.float32", table=z(1000, 2, dtype=torch.float64)),
+    bad("q_sample", TypeError, "a Schedule or a StepTable", table=[1, 2]),
+    bad("posterior_step", ValueError, "out must have x's shape", out=z(3, 4, 32, 32)),
+    bad("posterior_step", ValueError, "out must have x's shape", out=z(2, 3, 32, 32)),
+    bad("posterior_step", TypeError, "out must be torch.float32", out=z(3, 3, 32, 32, dtype=torch.float64)),
+    bad("posterior_step", ValueError, "learned range needs out with 6", table=z(7, 9)),
+    bad("posterior_step", ValueError, "table must have shape", table=z(7, 8)),
+    bad("posterior_step", IndexError, r"i must be in \[0, 6\], got 7", i=torch.tensor(7)),
+    bad("posterior_step", IndexError, r"i must be in \[0, 6\], got -1", i=-1),
+    bad("posterior_step", TypeError, "i must be an int or an int64", i=2.0),
+    bad("posterior_step", ValueError, "noise or seed is missing", noise=None),
+    bad("posterior_step", ValueError, "x0_prev is missing", table=torch.ones(7, 7)),
+    bad("posterior_step", ValueError, "noise or seed, not both", seed=1, image_index=0),
+    bad("posterior_step", ValueError, "seed and image_index go together", noise=None, seed=1),
+    bad("posterior_step", ValueError, "noise must be like x", noise=z(3, 3, 32, 31)),
+    bad("posterior_step", ValueError, "clip must be", clip=0),
+    bad("posterior_step", ValueError, "clip must be", clip=-1.0),
+    bad("posterior_step", ValueError, "clip must be", clip=float("nan")),
+    bad("posterior_step", ValueError, "clip must be", clip=z(2)),
+    bad("posterior_step", ValueError, "clip must be", clip="1"),
+    bad("group_norm_silu", ValueError, "num_groups must divide x's 128 channels, got 33", num_groups=33),
+    bad("group_norm_silu", ValueError, "num_groups must divide", num_groups=0),
+    bad("group_norm_silu", ValueError, r"weight must have shape \(128,\)", weight=z(127)),
+    bad("group_norm_silu", ValueError, r"add must have shape \(2, 128\)", add=z(128)),
+    bad("group_norm_silu", ValueError, "act='relu' is not known; allowed: silu, none", act="relu"),
+    bad("group_norm_silu", ValueError, "eps must be at least 0", eps=-1e-5),
+    bad("group_norm_silu", ValueError, "x must not be empty", x=z(0, 128, 4, 4)),
+    bad("group_norm_silu", ValueError, "at least 2 dimensions", x=z(128)),
+    bad("group_norm_silu", TypeError, "x must be a Tensor", x=3.0),
+]
+
+
+@pytest.mark.parametrize("op,error,match,changes", BAD)
+def test_bad_input_is_named(op, error, match, changes, backend, generator):
+    inputs = cast(FIRSTS[op].inputs(generator), torch.float32)
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    with pytest.raises(error, match=match):
+        getattr(ops, op)(**inputs | changes, backend=backend)
+    assert all(torch.equal(inputs[k], v) for k, v in before.items())
+
+
+def test_backend_names():
+    x = torch.zeros(2, 4, 3, 3)
+    with pytest.raises(ValueError, match="backend='cuda' is not known; allowed: native, triton, reference"):
+        ops.group_norm_silu(x, 2, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run group_norm_silu here: .* cpu tensors"):
+        ops.group_norm_silu(x, 2, backend="triton")
+    with pytest.raises(RuntimeError, match="'native' cannot run group_norm_silu here"):
+        ops.group_norm_silu(x.double(), 2, backend="native")
+    assert ops.group_norm_silu(x.double(), 2).dtype == torch.float64

@@ -1,0 +1,358 @@
+"""UNet: equal to diffusers' UNet2DModel on five configs, layouts and dtypes; traceable; its errors."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ddpm_fast.unet import UNet, UNetConfig, timestep_embedding
+
+GOOGLE = {
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+D, U, AD, AU = "DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"
+CONFIGS = {
+    "google-cifar10-32": GOOGLE
+    | {
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": (D, AD, D, D),
+        "up_block_types": (U, U, AU, U),
+    },
+    "google-256": GOOGLE
+    | {
+        "sample_size": 256,
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": (D, D, D, D, AD, D),
+        "up_block_types": (U, AU, U, U, U, U),
+    },
+    "hf-defaults": {  # train_unconditional.py, narrower
+        "sample_size": 32,
+        "block_out_channels": (32, 32, 64, 64, 96, 96),
+        "down_block_types": (D, D, D, D, AD, D),
+        "up_block_types": (U, AU, U, U, U, U),
+    },
+    "scale-shift-classes": {
+        "sample_size": (16, 24),
+        "block_out_channels": (32, 64),
+        "down_block_types": (AD, D),
+        "up_block_types": (AU, U),
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": 7,
+        "attention_head_dim": 16,
+        "out_channels": 6,
+        "time_embedding_dim": 72,
+        "mid_block_scale_factor": 1.5,
+    },
+    "odd": {
+        "sample_size": 12,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (24, 40, 48),
+        "down_block_types": (AD, D, AD),
+        "up_block_types": (U, AU, AU),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attn_norm_num_groups": 3,
+        "norm_eps": 1e-5,
+        "attention_head_dim": 8,
+        "flip_sin_to_cos": True,
+        "freq_shift": 1,
+        "downsample_padding": 1,
+        "center_input_sample": True,
+    },
+}
+SMALL = UNetConfig((16, 32), (False, True), (True, False), norm_num_groups=8, sample_size=8)
+
+
+def diffusers_model(name: str, dtype: torch.dtype = torch.float32):
+    """A UNet2DModel with random weights, in the norms too: there, 1 and 0 would hide a mistake."""
+    reason = "the reference is diffusers' UNet2DModel"
+    diffusers = pytest.importorskip("diffusers", reason=reason)
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(**CONFIGS[name])
+    for key, value in model.named_parameters():
+        if "norm" in key:
+            torch.nn.init.normal_(value, 1.0 if key.endswith("weight") else 0.0, 0.2)
+    return model.to(dtype).eval()
+
+
+def converted(model) -> UNet:
+    from ddpm_fast.checkpoint import load_diffusers
+
+    return load_diffusers(model)[0]
+
+
+def inputs(name: str, batch: int) -> dict[str, torch.Tensor]:
+    config, generator = CONFIGS[name], torch.Generator().manual_seed(1)
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.randn(batch, config.get("in_channels", 3), height, width, generator=generator)
+    given = {"x": x, "t": torch.tensor([3, 961, 500][:batch])}
+    if classes := config.get("num_class_embeds"):
+        given["class_labels"] = torch.randint(classes, (batch,), generator=generator)
+    return given
+
+
+def run_diffusers(model, x, t, class_labels=None) -> torch.Tensor:
+    return model(x, t, class_labels).sample
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    assert ours.shape == reference.shape
+    assert ours.isfinite().all()
+    return float((ours - reference).abs().max() / reference.abs().max())
+
+
+def random_unet(config: UNetConfig = SMALL) -> UNet:
+    """Also where a fresh U-Net has zeros: those hide the blocks that they end."""
+    torch.manual_seed(0)
+    model = UNet(config)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, 0.0, 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_float32_equals_diffusers(name):
+    theirs = diffusers_model(name)
+    ours = converted(theirs)
+    given = inputs(name, batch=1 if name == "google-256" else 2)
+    expected = run_diffusers(theirs, **given)
+    out = ours(**given)
+    assert out.dtype == torch.float32
+    assert out.is_contiguous()
+    assert relative_error(out, expected) <= 1e-5
+    if name == "google-256":  # one forward each: it takes seconds
+        return
+    given["x"] = given["x"].to(memory_format=torch.channels_last)
+    out = ours.to(memory_format=torch.channels_last)(**given)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(out, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "google-256"])
+@torch.inference_mode()
+def test_bfloat16_is_as_exact_as_diffusers(name):
+    """The error rule, against diffusers in float64 on the same bfloat16 weights and input."""
+    theirs = diffusers_model(name, torch.bfloat16)
+    ours = converted(theirs)
+    given = inputs(name, batch=2)
+    given["x"] = given["x"].bfloat16()
+    as_shipped = run_diffusers(theirs, **given).double()
+    outs = [ours(**given)]
+    given["x"] = given["x"].to(memory_format=torch.channels_last)
+    outs.append(ours.to(memory_format=torch.channels_last)(**given))
+    exact = run_diffusers(theirs.double(), **given | {"x": given["x"].double()})
+    peak = exact.abs().max()
+    allowed = 2 * (as_shipped - exact).abs().max() + torch.finfo(torch.bfloat16).eps * peak
+    for out in outs:
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - exact).abs().max() <= allowed
+
+
+@torch.inference_mode()
+def test_float64_runs_in_float64():
+    theirs = diffusers_model("odd", torch.float64)
+    given = inputs("odd", batch=2)
+    given["x"] = given["x"].double()
+    # their sinusoid stays float32; at t = 0 and 1 both know it to 1e-7
+    given["t"] = torch.tensor([0, 1])
+    out = converted(theirs)(**given)
+    assert out.dtype == torch.float64
+    assert relative_error(out, run_diffusers(theirs, **given)) <= 1e-6
+
+
+def test_mid_attention_keeps_the_norm_that_diffusers_gives_it():
+    def groups(**changes):
+        norm = UNet(replace(SMALL, **changes)).mid_block.attentions[0].group_norm
+        return None if norm is None else norm.num_groups
+
+    assert groups() == 8
+    assert groups(attn_norm_num_groups=4) == 4
+    assert groups(resnet_time_scale_shift="scale_shift") is None
+    assert groups(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4) == 4
+
+
+def test_without_mid_attention():
+    theirs_config = CONFIGS["odd"] | {"add_attention": False}
+    CONFIGS["odd-no-mid"] = theirs_config
+    try:
+        theirs = diffusers_model("odd-no-mid")
+        with torch.inference_mode():
+            given = inputs("odd-no-mid", batch=2)
+            ours = converted(theirs)
+            assert relative_error(ours(**given), run_diffusers(theirs, **given)) <= 1e-5
+    finally:
+        del CONFIGS["odd-no-mid"]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dim", [6, 7, 128])
+def test_timestep_embedding_equals_diffusers(dim, shift, flip):
+    reason = "the reference is diffusers' get_timestep_embedding"
+    pytest.importorskip("diffusers", reason=reason)
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = torch.tensor([0, 1, 500, 999])
+    ours = timestep_embedding(t, dim, flip_sin_to_cos=flip, freq_shift=shift)
+    assert torch.equal(ours, get_timestep_embedding(t, dim, flip, shift))
+    exact = timestep_embedding(t.double(), dim, flip_sin_to_cos=flip, freq_shift=shift)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-4)  # float32 angles up to 999
+
+
+@torch.inference_mode()
+def test_every_form_of_t():
+    model, x = random_unet(), torch.randn(2, 3, 8, 8)
+    expected = model(x, torch.tensor([7, 7]))
+    for t in (7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7]), torch.tensor([7.0, 7.0])):
+        assert torch.equal(model(x, t), expected)
+    assert not torch.equal(model(x, 7.5), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("shift", ["default", "scale_shift"])
+@torch.inference_mode()
+def test_traces_without_a_graph_break(shift, backend):
+    torch.compiler.reset()
+    model = random_unet(
+        replace(SMALL, resnet_time_scale_shift=shift, num_class_embeds=3, attention_head_dim=8)
+    )
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
+    for t in (torch.tensor([7, 900]), torch.tensor(7)):
+        torch.testing.assert_close(compiled(x, t, labels), model(x, t, labels), rtol=1e-6, atol=1e-6)
+    x = x.to(memory_format=torch.channels_last)
+    out = compiled(x, t, labels)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, model(x, t, labels), rtol=1e-6, atol=1e-6)
+
+
+def test_never_asks_the_host():
+    """A step that can be captured reads no value back and copies nothing between devices."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    refused = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_to_copy_to_host")
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket.__name__ not in refused, f"{func} waits for the device"
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Refuse():
+        random_unet()(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))
+
+
+def test_untrained_network_predicts_zero():
+    model = UNet(SMALL)
+    assert not model(torch.randn(2, 3, 8, 8), 5).any()
+    zeros = {name for name, value in model.named_parameters() if "weight" in name and not value.any()}
+    blocks = [name for name, _ in model.named_modules() if name.endswith((".conv2", ".to_out"))]
+    assert zeros == {f"{name}.weight" for name in [*blocks, "conv_out"]}
+
+
+def test_every_parameter_gets_a_gradient():
+    model = random_unet(replace(SMALL, num_class_embeds=3, resnet_time_scale_shift="scale_shift")).train()
+    model(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])).square().sum().backward()
+    assert [
+        name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()
+    ] == []
+
+
+def test_dropout_acts_in_training_only():
+    model, x = random_unet(replace(SMALL, dropout=0.5)), torch.randn(1, 3, 8, 8)
+    assert torch.equal(model(x, 1), model(x, 1))
+    model.train()
+    assert not torch.equal(model(x, 1), model(x, 1))
+
+
+def test_state_dict_round_trip():
+    model, x = random_unet(), torch.randn(1, 3, 8, 8)
+    again = UNet(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x, 3), model(x, 3))
+
+
+def test_sample_shape():
+    assert UNet(SMALL).sample_shape == (3, 8, 8)
+    assert UNet(replace(SMALL, sample_size=(4, 6), in_channels=1)).sample_shape == (1, 4, 6)
+    model = UNet(replace(SMALL, sample_size=None))
+    with pytest.raises(ValueError, match="sample_size"):
+        _ = model.sample_shape
+
+
+def test_config_round_trip():
+    config = replace(SMALL, sample_size=(8, 16), attention_head_dim=8)
+    again = UNetConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    values = config.to_dict() | {"colour": "red"}
+    del values["norm_eps"]
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing fields \['norm_eps'\]"):
+        UNetConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("block_out_channels", ()),
+        ("block_out_channels", (16, 30)),
+        ("block_out_channels", 16),
+        ("down_attention", (True,)),
+        ("down_attention", ("no", "yes")),
+        ("up_attention", (True, False, True)),
+        ("sample_size", 9),
+        ("sample_size", (8, 8, 8)),
+        ("sample_size", 0),
+        ("in_channels", 0),
+        ("out_channels", 3.0),
+        ("layers_per_block", "2"),
+        ("attention_head_dim", 24),
+        ("norm_num_groups", 5),
+        ("norm_eps", 0.0),
+        ("attn_norm_num_groups", 5),
+        ("downsample_padding", 2),
+        ("freq_shift", 8),
+        ("time_embedding_dim", 0),
+        ("mid_block_scale_factor", 0),
+        ("dropout", 1.0),
+        ("resnet_time_scale_shift", "spatial"),
+        ("num_class_embeds", 0),
+    ],
+)
+def test_config_errors_name_the_field_and_what_is_allowed(field, value):
+    named = "block_out_channels" if field == "norm_num_groups" else field
+    with pytest.raises(ValueError, match=rf"UNetConfig\.{named}: got .*, allowed: "):
+        replace(SMALL, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "labels", "message"),
+    [
+        (torch.zeros(2, 4, 8, 8), 1, None, r"\(B, 3, H, W\).*divisible by 2, got \(2, 4, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 7), 1, None, r"divisible by 2, got \(2, 3, 8, 7\)"),
+        (torch.zeros(3, 8, 8), 1, None, r"got \(3, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8).double(), 1, None, "float64.*float32"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(3), None, r"t must .*\(2,\), got \(3,\)"),
+        (torch.zeros(2, 3, 8, 8), 1, torch.tensor([0, 1]), "takes no class_labels"),
+    ],
+)
+def test_forward_errors(x, t, labels, message):
+    with pytest.raises(ValueError, match=message):
+        random_unet()(x, t, labels)
+
+
+def test_class_label_errors():
+    model, x = random_unet(replace(SMALL, num_class_embeds=3)), torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="needs class_labels"):
+        model(x, 1)
+    with pytest.raises(ValueError, match=r"\(2,\), got \(1,\)"):
+        model(x, 1, torch.tensor([0]))
