@@ -54,8 +54,9 @@ class CMakeBuild(build_ext):
             rule = "*" * 100
             print(
                 f"\n{rule}\nddpm_fast: NOT BUILDING the compiled library: CMake found no C++ compiler "
-                f"or no torch >= 2.11 ({error}).\nEverything works in plain PyTorch, several times slower. Install g++ or "
-                f"clang++ and reinstall;\nDDPM_FAST_NATIVE=require makes this an error.\n{rule}\n",
+                f"or no torch >= 2.11 ({error}).\nEverything works in plain PyTorch, several times slower. "
+                "Install g++ or clang++ and reinstall;\nDDPM_FAST_NATIVE=require makes this an error."
+                f"\n{rule}\n",
                 file=sys.stderr,
             )
             return

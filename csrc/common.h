@@ -58,11 +58,13 @@ inline char* mutable_at(const Tensor& x, cpu::Dtype dtype, int64_t element) {
   return static_cast<char*>(x.mutable_data_ptr()) + element * size_of(dtype);
 }
 
+// torch::stable::contiguous goes through the dispatcher even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // A 0-d or (B,) int64 tensor, read by sample.
 class PerSample {
  public:
-  PerSample(const char* name, const Tensor& values, int64_t batch)
-      : values_(torch::stable::contiguous(values)) {
+  PerSample(const char* name, const Tensor& values, int64_t batch) : values_(as_contiguous(values)) {
     check(
         values_.scalar_type() == ScalarType::Long && (values_.numel() == 1 || values_.numel() == batch), name,
         " must be int64, one or one per sample");

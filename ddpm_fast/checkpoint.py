@@ -293,6 +293,8 @@ _DPM_SOLVER_FIXED = {
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
     "use_dynamic_shifting": (False, None),
+    # It would set the last alphas_cumprod to 2**-24, above the one before: no schedule.
+    "rescale_betas_zero_snr": (False,),
 }
 
 
@@ -338,8 +340,6 @@ def _convert_betas(config: Mapping[str, Any]) -> Schedule:
     if config["rescale_betas_zero_snr"]:
         betas = _rescale_zero_terminal_snr(betas)
     alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-    if config["rescale_betas_zero_snr"] and config["_class_name"] == "DPMSolverMultistepScheduler":
-        alphas_cumprod[-1] = 2**-24  # theirs: the solver needs a finite log-SNR
     return Schedule.from_alphas_cumprod(alphas_cumprod.double().numpy())
 
 
@@ -436,7 +436,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is refused: it holds more than tensors and would need weights_only=False, which runs "
@@ -444,6 +444,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, struct.error) as error:
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
+    if not (isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())):
+        raise ValueError(f"{file} must hold a dict of tensors by name and nothing else")
+    return tensors
 
 
 def _is_ours(folder: Path) -> bool:

@@ -27,7 +27,7 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
 
 
 def rows(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows at a 0-d or ``(B,)`` index, ``(1 or B, columns)``; plain indexing would ask a 0-d one's value."""
+    """Rows at a 0-d or ``(B,)`` index, ``(1 or B, columns)``; indexing would read a 0-d one on the host."""
     return table.to(dtype).index_select(0, index.reshape(-1))
 
 

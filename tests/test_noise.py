@@ -115,7 +115,7 @@ def test_q_sample_counter_is_q_sample_of_its_noise(dtype, backend, generator):
         (TypeError, "seed must be an int", ((1, 4), 1.0, 0, 0)),
         (TypeError, "seed must be an int", ((1, 4), True, 0, 0)),
         (ValueError, "image_index must be at least 0", ((1, 4), 0, -1, 0)),
-        (ValueError, r"image_index must have shape \(2,\)", ((2, 4), 0, torch.arange(3), 0)),
+        (ValueError, r"image_index must be .*shape \(2,\)", ((2, 4), 0, torch.arange(3), 0)),
         (ValueError, "step must be in", ((1, 4), 0, 0, 2**28)),
         (TypeError, "step must be an int", ((1, 4), 0, 0, 0.5)),
         (ValueError, "batch dimension", ((), 0, 0, 0)),

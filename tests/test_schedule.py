@@ -11,8 +11,6 @@ import torch
 
 from ddpm_fast.schedule import Schedule
 
-diffusers = pytest.importorskip("diffusers")
-
 DERIVED = (
     "alphas",
     "alphas_cumprod_prev",
@@ -29,6 +27,11 @@ DERIVED = (
 )
 
 
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
 @pytest.mark.parametrize("T", [1, 2, 100, 1000])
 @pytest.mark.parametrize(
     ("ours", "name", "ends"),
@@ -40,7 +43,7 @@ DERIVED = (
         (Schedule.sigmoid_betas, "sigmoid", {"beta_start": 1e-5, "beta_end": 0.5e-2}),
     ],
 )
-def test_betas_are_those_of_diffusers(ours, name, ends, T):
+def test_betas_are_those_of_diffusers(diffusers, ours, name, ends, T):
     theirs = diffusers.DDPMScheduler(T, beta_schedule=name, **ends)
     schedule = ours(T, **ends)
     # diffusers' ends and roots are float32, so a small beta inherits the rounding of its large neighbours
@@ -130,7 +133,7 @@ def test_arrays_are_read_only_float64_and_copied():
         schedule.betas = betas
 
 
-def test_from_alphas_cumprod_keeps_the_values():
+def test_from_alphas_cumprod_keeps_the_values(diffusers):
     theirs = diffusers.DDPMScheduler().alphas_cumprod
     schedule = Schedule.from_alphas_cumprod(theirs)
     assert (schedule.alphas_cumprod == theirs.double().numpy()).all()
@@ -140,7 +143,7 @@ def test_from_alphas_cumprod_keeps_the_values():
     assert all(np.isfinite(getattr(flat, name)).all() for name in DERIVED)
 
 
-def test_zero_terminal_snr_is_that_of_diffusers():
+def test_zero_terminal_snr_is_that_of_diffusers(diffusers):
     for name, ours in (
         ("linear", Schedule.linear()),
         ("scaled_linear", Schedule.scaled_linear(1000, 1e-4, 0.02)),
@@ -247,7 +250,7 @@ def test_arrays_of_different_lengths_are_refused():
     [(0, ValueError), (-5, ValueError), (10.0, TypeError), ("10", TypeError), (True, TypeError)],
 )
 def test_a_bad_T_is_refused(constructor, T, error):
-    with pytest.raises(error, match="^T must be"):
+    with pytest.raises(error, match=r"^T must be"):
         constructor(T)
     assert constructor(np.int64(3)).T == 3
 

@@ -13,12 +13,15 @@ from ddpm_fast import steps
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.steps import StepTable, ddim, ddpm, dpm_solver
 
-diffusers = pytest.importorskip("diffusers")
-
 HF_PREDICTION = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 SPACINGS = ("leading", "linspace", "trailing")
 LINEAR = Schedule.linear()
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
 
 
 def apply_row(row, x, out, noise=0.0, x0_prev=0.0, clip=None):
@@ -37,14 +40,14 @@ def apply_all(table, *operands, **options):
 
 
 def worst(ours, theirs):
-    """The largest |difference| over all rows, each relative to that row's own scale, or to 1 if it is smaller."""
+    """The largest |difference| over all rows, relative to the row's scale or to 1 if that is smaller."""
     scale = np.maximum(np.abs(theirs).max(axis=1, keepdims=True), 1.0)
     assert np.isfinite(theirs).all()
     return float((np.abs(ours - theirs) / scale).max())  # a NaN in ours fails any comparison
 
 
 def scheduler_in_float64(kind, **config):
-    """A diffusers scheduler whose tables are its own float32 values in float64, and our Schedule of the same."""
+    """A diffusers scheduler, its float32 tables promoted to float64, and our Schedule of the same values."""
     scheduler = kind(**config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     if hasattr(scheduler, "one"):
@@ -62,7 +65,10 @@ def operands(num_steps, learned=False, seed=0):
 
 
 def steps_of_diffusers(scheduler, table, x, out, noise, monkeypatch=None, **options):
-    """One `step` of diffusers for every row, each from that row's own x, with that row's noise."""
+    """One `step` of diffusers for every row, each from that row's own x, with that row's noise.
+
+    DDPMScheduler takes no noise: `monkeypatch` puts it where the scheduler draws.
+    """
     x, out, noise = (torch.from_numpy(a) for a in (x, out, noise))
     ddim_options = [{}] * len(table)
     drawn = None
@@ -88,7 +94,7 @@ def steps_of_diffusers(scheduler, table, x, out, noise, monkeypatch=None, **opti
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
-def test_ddpm_rows_are_the_steps_of_diffusers(prediction, variance, clip, monkeypatch):
+def test_ddpm_rows_are_the_steps_of_diffusers(diffusers, prediction, variance, clip, monkeypatch):
     config = {
         "variance_type": variance,
         "prediction_type": HF_PREDICTION[prediction],
@@ -113,7 +119,7 @@ def test_ddpm_rows_are_the_steps_of_diffusers(prediction, variance, clip, monkey
 @pytest.mark.parametrize("use_clipped_out", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
-def test_ddim_rows_are_the_steps_of_diffusers(prediction, eta, use_clipped_out, clip):
+def test_ddim_rows_are_the_steps_of_diffusers(diffusers, prediction, eta, use_clipped_out, clip):
     # Spacings whose list is that of t - T // N, so that diffusers' prev_t is right
     runs = ((1000, "leading", 0, True), (30, "leading", 1, False), (50, "trailing", 0, True))
     for num_steps, spacing, steps_offset, to_one in runs:
@@ -143,14 +149,17 @@ def test_ddim_rows_are_the_steps_of_diffusers(prediction, eta, use_clipped_out, 
         ours = apply_all(table, x, out, noise, clip=clip)
         assert worst(ours[0], theirs[0]) <= 1e-12
         assert worst(ours[1], theirs[1]) <= 1e-12
-        assert table.draws.all() == table.draws.any() == (eta > 0)
-        assert table.column("x_from_out").any() == (not use_clipped_out and prediction != "none")
+        assert table.draws.tolist() == [eta > 0] * num_steps
+        assert table.column("x_from_out").any() == (not use_clipped_out)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
-def test_float32_rows_are_the_float32_steps_of_diffusers(method, prediction, monkeypatch):
-    """Where x and out are a model's: out is near the noise that x holds, or what that noise makes of x0 and v."""
+def test_float32_rows_are_the_float32_steps_of_diffusers(diffusers, method, prediction, monkeypatch):
+    """Within 1e-5, but for DDPM at t <= 10, where diffusers' float32 `1 - ab / ab_prev` puts it off by 8e-5.
+
+    x and out are a model's here: out is near the noise that x holds, or what that noise makes of x0 and v.
+    """
     kind = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}[method]
     scheduler = kind(prediction_type=HF_PREDICTION[prediction])
     schedule = Schedule.from_alphas_cumprod(scheduler.alphas_cumprod)
@@ -164,20 +173,27 @@ def test_float32_rows_are_the_float32_steps_of_diffusers(method, prediction, mon
         x0 = (x - np.sqrt(1 - ab) * eps) / np.sqrt(ab)
         out = {"epsilon": eps, "x0": x0, "v": np.sqrt(ab) * eps - np.sqrt(1 - ab) * x0}[prediction]
         x, out, noise = (a.astype(np.float32) for a in (x, out, error))
-        theirs = steps_of_diffusers(
-            scheduler, table, x, out, noise, monkeypatch if method == "ddpm" else None
-        )
-        row = table.tensor().numpy().T[..., None]
-        ours = apply_row(row, x, out, noise, clip=1.0)
+
+        patch = monkeypatch if method == "ddpm" else None
+        theirs = steps_of_diffusers(scheduler, table, x, out, noise, patch)
+        ours = apply_row(table.tensor().numpy().T[..., None], x, out, noise, clip=1.0)
+        exact = apply_all(table, *(a.astype(np.float64) for a in (x, out, noise)), clip=1.0)
         assert ours[0].dtype == np.float32
-        assert worst(ours[0], theirs[0]) <= 1e-5
-        assert worst(ours[1], theirs[1]) <= 1e-5
+        loose = (table.timesteps <= 10) & (method == "ddpm") & (num_steps == 1000)
+        assert worst(ours[0][~loose], theirs[0][~loose]) <= 1e-5
+        if loose.any():
+            assert worst(ours[0][loose], theirs[0][loose]) <= 1e-4
+        assert worst(ours[0], exact[0]) <= 1e-6
+        # From epsilon, x0 is a difference of numbers up to 157 times its size, in any float32 code
+        condition = np.maximum(table.column("x0_from_x"), 1.0)[:, None]
+        assert worst(ours[1] / condition, theirs[1] / condition) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_dpm_solver_runs_as_diffusers_does(spacing, order, prediction):
+def test_dpm_solver_runs_as_diffusers_does(diffusers, spacing, order, prediction):
     for num_steps in (1, 2, 3, 10, 20, 50):
         scheduler = diffusers.DPMSolverMultistepScheduler(
             solver_order=order, prediction_type=HF_PREDICTION[prediction], timestep_spacing=spacing
@@ -212,9 +228,10 @@ def gaussian_denoiser(schedule, prediction, t, x, mean=0.3, std=0.5):
 # Timesteps
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps_offset", [0, 1])
-def test_timesteps_are_those_of_diffusers(spacing, steps_offset):
+def test_timesteps_are_those_of_diffusers(diffusers, spacing, steps_offset):
     for num_steps in (1, 2, 7, 13, 30, 50, 100, 333, 500, 501, 999, 1000):
         for kind, ours in (
             (diffusers.DDPMScheduler, ddpm),
@@ -226,13 +243,13 @@ def test_timesteps_are_those_of_diffusers(spacing, steps_offset):
             theirs = scheduler.timesteps.tolist()
             arguments = {"spacing": spacing, "steps_offset": steps_offset}
             if theirs[0] >= 1000 or len(set(theirs)) < num_steps:  # no timestep of the model, or one twice
-                with pytest.raises(ValueError, match="num_steps must be|steps_offset must keep t below"):
+                with pytest.raises(ValueError, match=r"num_steps must be|steps_offset must keep t below"):
                     ours(LINEAR, num_steps, **arguments)
             else:
                 assert ours(LINEAR, num_steps, **arguments).timesteps.tolist() == theirs, (kind, num_steps)
 
 
-def test_trailing_leaves_out_the_minus_one_of_diffusers():
+def test_trailing_leaves_out_the_minus_one_of_diffusers(diffusers):
     for num_steps in (61, 103, 201):
         scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing")
         scheduler.set_timesteps(num_steps)
@@ -287,7 +304,14 @@ def test_openai_spacing_of_1000():
 
 
 @pytest.mark.parametrize(
-    "given", [[999, 500, 0], (999, 500, 0), np.array([999, 500, 0]), torch.tensor([999, 500, 0]), range(900, -1, -300)]
+    "given",
+    [
+        [999, 500, 0],
+        (999, 500, 0),
+        np.array([999, 500, 0]),
+        torch.tensor([999, 500, 0]),
+        range(900, -1, -300),
+    ],
 )
 def test_explicit_timesteps(given):
     for method in (ddpm, ddim, dpm_solver):
@@ -297,7 +321,7 @@ def test_explicit_timesteps(given):
         assert len(method(LINEAR, len(given), spacing=given)) == len(given)
 
 
-def test_custom_timesteps_step_as_diffusers_does(monkeypatch):
+def test_custom_timesteps_step_as_diffusers_does(diffusers, monkeypatch):
     given = [999, 700, 350, 349, 20, 0]
     scheduler, schedule = scheduler_in_float64(diffusers.DDPMScheduler)
     scheduler.set_timesteps(timesteps=given)
@@ -307,7 +331,7 @@ def test_custom_timesteps_step_as_diffusers_does(monkeypatch):
     assert worst(apply_all(table, x, out, noise, clip=1.0)[0], theirs[0]) <= 1e-12
 
 
-def test_the_last_ddpm_step_adds_no_noise_where_diffusers_does(monkeypatch):
+def test_the_last_ddpm_step_adds_no_noise_where_diffusers_does(diffusers, monkeypatch):
     """With "trailing" the last t is 19: diffusers draws, and adds sqrt(beta) of it. All other rows agree."""
     config = {"timestep_spacing": "trailing", "variance_type": "fixed_large"}
     scheduler, schedule = scheduler_in_float64(diffusers.DDPMScheduler, **config)
@@ -334,7 +358,7 @@ def composed(table):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_the_samplers_meet(prediction):
-    """DDIM with eta 1 is DDPM with fixed_small (Song et al., section 4.1), DPM-Solver++ of order 1 is DDIM."""
+    """DDIM with eta 1 is DDPM (Song et al. 2021, section 4.1); DPM-Solver++ of order 1 is DDIM."""
     for spacing in ("linspace", "17,3"):
         arguments = {"prediction": prediction, "spacing": spacing, "num_steps": 20}
         stochastic, ancestral = ddim(LINEAR, eta=1.0, **arguments), ddpm(LINEAR, **arguments)
@@ -369,9 +393,7 @@ def test_all_predictions_of_one_x0_take_the_same_step(method, arguments):
     mean = mean + np.sqrt(ab / prev) * (1 - prev) / (1 - ab) * x
     outs = {"epsilon": eps, "v": np.sqrt(ab) * eps - np.sqrt(1 - ab) * x0, "mean": mean}
     for prediction, out in outs.items():
-        ours = apply_all(
-            method(LINEAR, 25, prediction=prediction, **arguments), x, out, noise, x0_prev=noise
-        )
+        ours = apply_all(method(LINEAR, 25, prediction=prediction, **arguments), x, out, noise, x0_prev=noise)
         assert worst(ours[0], expected[0]) <= 1e-10, prediction
         assert worst(ours[1], expected[1]) <= 1e-10, prediction
 
@@ -427,13 +449,15 @@ def test_zero_terminal_snr_is_finite(prediction):
 
 @pytest.mark.parametrize("method", [ddpm, ddim, dpm_solver])
 def test_zero_terminal_snr_refuses_epsilon_where_it_is_visited(method):
-    with pytest.raises(ValueError, match=r"'epsilon' cannot give x0 at t = 999.* needs prediction 'v' or 'x0'"):
+    with pytest.raises(
+        ValueError, match=r"'epsilon' cannot give x0 at t = 999.* needs prediction 'v' or 'x0'"
+    ):
         method(ZERO_SNR, 50, spacing="trailing")
     assert method(ZERO_SNR, 50, spacing="leading").timesteps[0] < 999
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0"])
-def test_zero_terminal_snr_steps_as_diffusers_does(prediction, monkeypatch):
+def test_zero_terminal_snr_steps_as_diffusers_does(diffusers, prediction, monkeypatch):
     config = {"prediction_type": HF_PREDICTION[prediction], "rescale_betas_zero_snr": True}
     config["timestep_spacing"] = "trailing"
     x, out, noise = operands(50)
@@ -458,7 +482,7 @@ def test_dpm_solver_at_zero_terminal_snr_is_the_limit():
     assert not exact.column("x_from_x0_prev")[:2].any()
     assert exact.column("x_from_x0_prev")[2:5].all()
     apart = []
-    for last in (1e-8, 1e-32, 1e-128, 1e-300):
+    for last in (1e-9, 1e-32, 1e-128, 1e-300):
         near = dpm_solver(Schedule.from_alphas_cumprod([*ZERO_SNR.alphas_cumprod[:-1], last]), **given)
         apart.append(np.abs(near.rows - exact.rows).max(axis=1))
     apart = np.array(apart)
@@ -470,8 +494,13 @@ def test_dpm_solver_at_zero_terminal_snr_is_the_limit():
 
 def test_two_steps_at_one_noise_level_stay_finite():
     flat = Schedule.from_alphas_cumprod([0.9, 0.5, 0.5, 0.5, 0.2])
-    for table in (ddpm(flat, variance="learned_range"), ddim(flat, eta=1.0), dpm_solver(flat, spacing="trailing")):
+    for table in (
+        ddpm(flat, variance="learned_range"),
+        ddim(flat, eta=1.0),
+        dpm_solver(flat, spacing="trailing"),
+    ):
         assert np.isfinite(table.rows).all()
+    assert ddpm(flat).column("x_from_noise")[1] == pytest.approx(1e-10)  # diffusers' clamp of a variance of 0
     row = dpm_solver(flat, spacing="trailing").rows[2]
     assert row[2:].tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]  # nothing to do
     with pytest.raises(ValueError, match=r"'mean' cannot give x0 at t = 3, where beta is 0"):
@@ -555,9 +584,17 @@ def test_a_table_that_cannot_be_run_is_refused(changed, words):
         ({"num_steps": 50.0}, TypeError, r"num_steps must be an integer, got 50.0 \(float\)"),
         ({"num_steps": True}, TypeError, "num_steps must be an integer"),
         ({"num_steps": "50"}, TypeError, "num_steps must be an integer"),
-        ({"prediction": "sample"}, ValueError, "prediction must be one of 'epsilon', 'x0', 'v', 'mean', got 'sample'"),
+        (
+            {"prediction": "sample"},
+            ValueError,
+            "prediction must be one of 'epsilon', 'x0', 'v', 'mean', got 'sample'",
+        ),
         ({"prediction": None}, ValueError, "prediction must be one of"),
-        ({"spacing": "even"}, ValueError, "spacing must be one of 'leading', 'linspace', 'trailing', OpenAI's"),
+        (
+            {"spacing": "even"},
+            ValueError,
+            "spacing must be one of 'leading', 'linspace', 'trailing', OpenAI's",
+        ),
         ({"spacing": ""}, ValueError, "spacing must be one of"),
         ({"spacing": "50x"}, ValueError, "section_counts must be"),
         ({"spacing": "10,,5"}, ValueError, "section_counts must be"),
@@ -584,8 +621,16 @@ def test_a_table_that_cannot_be_run_is_refused(changed, words):
         ({"spacing": np.array([[5, 1]])}, TypeError, r"spacing\[0\] must be an integer"),
         ({"steps_offset": -1}, ValueError, "steps_offset must be at least 0"),
         ({"steps_offset": 0.5}, TypeError, "steps_offset must be an integer"),
-        ({"steps_offset": 20, "spacing": "leading", "num_steps": 999}, ValueError, "steps_offset must keep t below"),
-        ({"schedule": np.linspace(1e-4, 0.02, 10)}, TypeError, "schedule must be a ddpm_fast Schedule, got ndarray"),
+        (
+            {"steps_offset": 20, "spacing": "leading", "num_steps": 999},
+            ValueError,
+            "steps_offset must keep t below",
+        ),
+        (
+            {"schedule": np.linspace(1e-4, 0.02, 10)},
+            TypeError,
+            "schedule must be a ddpm_fast Schedule, got ndarray",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_name(method, arguments, error, words):
@@ -596,7 +641,12 @@ def test_bad_arguments_are_refused_by_name(method, arguments, error, words):
 @pytest.mark.parametrize(
     ("method", "arguments", "error", "words"),
     [
-        (ddpm, {"variance": "learned"}, ValueError, "variance must be one of 'fixed_small', 'fixed_large', 'learned_range'"),
+        (
+            ddpm,
+            {"variance": "learned"},
+            ValueError,
+            "variance must be one of 'fixed_small', 'fixed_large', 'learned_range'",
+        ),
         (ddim, {"eta": -0.1}, ValueError, r"eta must be in \[0, 1\], got -0.1"),
         (ddim, {"eta": 1.1}, ValueError, r"eta must be in \[0, 1\]"),
         (ddim, {"eta": math.nan}, ValueError, r"eta must be in \[0, 1\], got nan"),

@@ -1,4 +1,4 @@
-"""UNet: equal to diffusers' UNet2DModel on five configs, layouts and dtypes; traceable; its errors."""
+"""UNet: equal to diffusers' UNet2DModel over configs, layouts and dtypes; traceable; its errors."""
 
 import json
 from dataclasses import replace
@@ -66,8 +66,24 @@ CONFIGS = {
         "downsample_padding": 1,
         "center_input_sample": True,
     },
+    "no-mid-attention": {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": (D, D),
+        "up_block_types": (U, U),
+        "add_attention": False,
+    },
 }
 SMALL = UNetConfig((16, 32), (False, True), (True, False), norm_num_groups=8, sample_size=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small ops wait longer for a second thread than they run, most of all on a shared machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def diffusers_model(name: str, dtype: torch.dtype = torch.float32):
@@ -180,19 +196,6 @@ def test_mid_attention_keeps_the_norm_that_diffusers_gives_it():
     assert groups(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4) == 4
 
 
-def test_without_mid_attention():
-    theirs_config = CONFIGS["odd"] | {"add_attention": False}
-    CONFIGS["odd-no-mid"] = theirs_config
-    try:
-        theirs = diffusers_model("odd-no-mid")
-        with torch.inference_mode():
-            given = inputs("odd-no-mid", batch=2)
-            ours = converted(theirs)
-            assert relative_error(ours(**given), run_diffusers(theirs, **given)) <= 1e-5
-    finally:
-        del CONFIGS["odd-no-mid"]
-
-
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("dim", [6, 7, 128])
@@ -218,8 +221,7 @@ def test_every_form_of_t():
     assert not torch.equal(model(x, 7.5), expected)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("shift", ["default", "scale_shift"])
+@pytest.mark.parametrize(("shift", "backend"), [("default", "eager"), ("scale_shift", "aot_eager")])
 @torch.inference_mode()
 def test_traces_without_a_graph_break(shift, backend):
     torch.compiler.reset()
@@ -237,10 +239,10 @@ def test_traces_without_a_graph_break(shift, backend):
 
 
 def test_never_asks_the_host():
-    """A step that can be captured reads no value back and copies nothing between devices."""
+    """What a CUDA graph captures reads no value back."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    refused = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_to_copy_to_host")
+    refused = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -5,6 +5,7 @@
 #include "../common.h"
 #include "../philox.h"
 #include "kernels.h"
+#include "layout.h"
 
 namespace ddpm_fast {
 namespace {
@@ -35,9 +36,9 @@ Tensor philox4x32_10_cpu(Tensor counter, Tensor key) {
   check(
       counter.scalar_type() == ScalarType::Long && key.scalar_type() == ScalarType::Long,
       "counter and key must be int64");
-  counter = torch::stable::contiguous(counter);
-  key = torch::stable::contiguous(key);
-  Tensor out = torch::stable::empty_like(counter);
+  counter = as_contiguous(counter);
+  key = as_contiguous(key);
+  Tensor out = empty_as(counter);
   const auto* c = static_cast<const int64_t*>(counter.const_data_ptr());
   const auto* k = static_cast<const int64_t*>(key.const_data_ptr());
   auto* r = static_cast<int64_t*>(out.mutable_data_ptr());

@@ -15,7 +15,7 @@ class Channels {
   Channels(const char* name, const OptionalTensor& values, int64_t size) {
     if (!values) return;
     check(values->numel() == size, name, " must have ", size, " elements");
-    values_ = torch::stable::contiguous(*values);
+    values_ = as_contiguous(*values);
     const cpu::Dtype dtype = dtype_of(name, *values_);
     if (dtype == cpu::Dtype::kFloat) {
       data_ = static_cast<const float*>(values_->const_data_ptr());
@@ -46,7 +46,7 @@ Tensor group_norm_silu_cpu(
 
   const bool channels_last = is_channels_last(x);
   x = keep_layout(x);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = empty_as(x);
   const Channels weights("weight", weight, channels), biases("bias", bias, channels);
   const Channels adds("add", add, batch * channels), scales("scale", scale, batch * channels);
   const Channels shifts("shift", shift, batch * channels);

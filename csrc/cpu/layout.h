@@ -26,14 +26,27 @@ inline bool is_channels_last(const Tensor& x) {
 }
 
 inline Tensor to_channels_last(const Tensor& x) {
-  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  return is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
-inline Tensor keep_layout(const Tensor& x) { return is_channels_last(x) ? x : torch::stable::contiguous(x); }
+inline Tensor keep_layout(const Tensor& x) { return is_channels_last(x) ? x : as_contiguous(x); }
 
 // x in the layout of `like`, which is dense
 inline Tensor like_layout(const Tensor& x, const Tensor& like) {
-  return is_channels_last(like) ? to_channels_last(x) : torch::stable::contiguous(x);
+  return is_channels_last(like) ? to_channels_last(x) : as_contiguous(x);
+}
+
+// An uninitialised tensor like x, which is dense, in its strides.
+inline Tensor empty_as(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle empty;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      x.dim(), sizes.data(), strides.data(), dtype, device_type, device_index, &empty));
+  return Tensor(empty);
 }
 
 }  // namespace ddpm_fast

@@ -37,7 +37,7 @@ cpu::StepRow row_of(const Step& step, int64_t i, int64_t b) {
 
 Tensor contiguous_like(const char* name, const Tensor& value, const Tensor& x) {
   check(value.scalar_type() == x.scalar_type() && same_shape(value, x), name, " must be like x");
-  return torch::stable::contiguous(value);
+  return as_contiguous(value);
 }
 
 // T is what is computed in: float, or double for a double x.
@@ -133,20 +133,11 @@ void step_into(
   check(
       !clip_each || (clip_each->scalar_type() == ScalarType::Float && clip_each->numel() == x.size(0)),
       "clip must be (B,) float32");
-  Step step{
-      torch::stable::contiguous(x),
-      torch::stable::contiguous(out),
-      torch::stable::contiguous(table),
-      i,
-      noise,
-      seed,
-      image_index,
-      x0_prev,
-      clip_each,
-      clip};
+  Step step{as_contiguous(x), as_contiguous(out), as_contiguous(table), i,         noise,
+            seed,          image_index,     x0_prev,           clip_each, clip};
   if (noise) step.noise = contiguous_like("noise", *noise, x);
   if (x0_prev) step.x0_prev = contiguous_like("x0_prev", *x0_prev, x);
-  if (clip_each) step.clip_each = torch::stable::contiguous(*clip_each);
+  if (clip_each) step.clip_each = as_contiguous(*clip_each);
   if (is_double) {
     run<double>(step, x_next, x0);
   } else {
@@ -154,13 +145,12 @@ void step_into(
   }
 }
 
-Tensor empty_contiguous(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
-
 std::tuple<Tensor, Tensor> posterior_step_cpu(
     Tensor x, Tensor out, Tensor table, Tensor i, OptionalTensor noise, OptionalTensor seed,
     OptionalTensor image_index, OptionalTensor x0_prev, double clip, OptionalTensor clip_each) {
-  Tensor x_next = empty_contiguous(x);
-  OptionalTensor x0 = empty_contiguous(x);
+  x = as_contiguous(x);
+  Tensor x_next = empty_as(x);
+  OptionalTensor x0 = empty_as(x);
   step_into(x, out, table, i, noise, seed, image_index, x0_prev, clip, clip_each, x_next, x0);
   return {x_next, *x0};
 }

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kSpan = 4096;  // 16 KB of floats for each operand: they meet in L1
 
 struct Table {
-  Table(const Tensor& table, cpu::Dtype x_dtype) : table_(torch::stable::contiguous(table)) {
+  Table(const Tensor& table, cpu::Dtype x_dtype) : table_(as_contiguous(table)) {
     const ScalarType expected = x_dtype == cpu::Dtype::kDouble ? ScalarType::Double : ScalarType::Float;
     check(
         table.dim() == 2 && table.size(1) == 2 && table.scalar_type() == expected,
@@ -61,7 +61,7 @@ Tensor q_sample_cpu(Tensor x0, Tensor noise, Tensor t, Tensor table) {
   times.check_range("t", table.size(0));
   x0 = keep_layout(x0);
   noise = like_layout(noise, x0);
-  Tensor out = torch::stable::empty_like(x0);
+  Tensor out = empty_as(x0);
   parallel_spans(batch, elements, kSpan, [&](int64_t b, int64_t begin, int64_t end) {
     const int64_t k = b * elements + begin;
     mix(dtype, weights.weight(times[b], 0), at(x0, dtype, k), weights.weight(times[b], 1),
@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor> q_sample_counter_cpu(
   times.check_range("t", table.size(0));
   // Noise is counted in NCHW order, so that is the order it is drawn and mixed in.
   const bool channels_last = is_channels_last(x0);
-  Tensor x = torch::stable::contiguous(x0);
-  Tensor noise = torch::stable::empty_like(x), out = torch::stable::empty_like(x);
+  Tensor x = as_contiguous(x0);
+  Tensor noise = empty_as(x), out = empty_as(x);
   parallel_spans(batch, elements, kSpan, [&](int64_t b, int64_t begin, int64_t end) {
     const int64_t k = b * elements + begin, n = end - begin;
     float drawn[kSpan];

@@ -18,28 +18,24 @@ class HasTensor(Protocol):
 
 Table: TypeAlias = Tensor | HasTensor
 
-
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_floating(name: str, x: Tensor, min_dim: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    check(x.dim() >= min_dim, f"{name} must have at least {min_dim} dimensions, got shape {tuple(x.shape)}")
+    if x.dim() < min_dim:
+        raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {tuple(x.shape)}")
 
 
 def check_like(name: str, value: Tensor, x: Tensor, x_name: str) -> None:
     """`value` has the shape, dtype and device of `x`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    check(
-        value.shape == x.shape and value.dtype == x.dtype and value.device == x.device,
-        f"{name} must be like {x_name}, {describe(x)}; got {describe(value)}",
-    )
+    if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
+        raise ValueError(f"{name} must be like {x_name}, {describe(x)}; got {describe(value)}")
 
 
 def describe(x: Tensor) -> str:
@@ -53,61 +49,46 @@ def as_table(table: Table, x: Tensor, columns: tuple[int, ...]) -> Tensor:
         if not hasattr(table, "tensor"):
             raise TypeError(f"table must be a Tensor, a Schedule or a StepTable, got {type(table).__name__}")
         table = table.tensor(x.device, dtype)
-    allowed = " or ".join(map(str, columns))
-    check(
-        table.dim() == 2 and table.shape[1] in columns,
-        f"table must have shape (rows, {allowed}), got {tuple(table.shape)}",
-    )
-    check(
-        table.dtype == dtype and table.device == x.device,
-        f"table must be {dtype} on {x.device} for such an x, got {table.dtype} on {table.device}",
-    )
-    return table.contiguous()
+    if table.dim() != 2 or table.shape[1] not in columns:
+        allowed = " or ".join(map(str, columns))
+        raise ValueError(f"table must have shape (rows, {allowed}), got {tuple(table.shape)}")
+    if table.dtype != dtype or table.device != x.device:
+        raise ValueError(f"table must be {dtype} on {x.device} for such an x, got {describe(table)}")
+    return table
 
 
-def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
+def as_index(name: str, index: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """A 0-d or ``(B,)`` int64 tensor; whether it is in range, the kernel tells."""
     if isinstance(index, int) and not isinstance(index, bool):
-        return torch.full((), index, dtype=torch.int64, device=x.device)
+        return torch.full((), index, dtype=torch.int64, device=device)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         given = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name} must be an int or an int64 Tensor, got {given}")
-    check(
-        index.dim() == 0 or tuple(index.shape) == (x.shape[0],),
-        f"{name} must be 0-d or of shape ({x.shape[0]},), one per sample; got {tuple(index.shape)}",
-    )
-    check(index.device == x.device, f"{name} must be on {x.device}, got {index.device}")
+    if (index.dim() != 0 and index.shape != (batch,)) or index.device != device:
+        raise ValueError(
+            f"{name} must be 0-d or of shape ({batch},), one per sample, on {device}; got {describe(index)}"
+        )
     return index
 
 
 def as_seed(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """The 64-bit seed as a 0-d or ``(B,)`` int64 tensor; ints from 2**63 on wrap to the same 64 bits."""
     if isinstance(seed, int) and not isinstance(seed, bool):
-        check(-(2**63) <= seed < 2**64, f"seed must fit in 64 bits, got {seed}")
-        signed = seed - 2**64 if seed >= 2**63 else seed
-        return torch.full((), signed, dtype=torch.int64, device=device)
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-        given = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
-        raise TypeError(f"seed must be an int or an int64 Tensor, got {given}")
-    check(
-        (seed.dim() == 0 or tuple(seed.shape) == (batch,)) and seed.device == device,
-        f"seed must be 0-d or of shape ({batch},) on {device}, got {describe(seed)}",
-    )
-    return seed
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must fit in 64 bits, got {seed}")
+        seed = seed - 2**64 if seed >= 2**63 else seed
+    return as_index("seed", seed, batch, device)
 
 
 def as_image_index(image_index: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """``(B,)`` int64; an int k stands for the images k, k + 1, ..."""
     if isinstance(image_index, int) and not isinstance(image_index, bool):
-        check(image_index >= 0, f"image_index must be at least 0, got {image_index}")
+        if image_index < 0:
+            raise ValueError(f"image_index must be at least 0, got {image_index}")
         return torch.arange(image_index, image_index + batch, device=device)
-    if not isinstance(image_index, Tensor) or image_index.dtype != torch.int64:
-        given = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
-        raise TypeError(f"image_index must be an int or an int64 Tensor, got {given}")
-    check(
-        tuple(image_index.shape) == (batch,) and image_index.device == device,
-        f"image_index must have shape ({batch},) on {device}, got {describe(image_index)}",
-    )
+    image_index = as_index("image_index", image_index, batch, device)
+    if image_index.dim() != 1:
+        raise ValueError(f"image_index must have shape ({batch},), got {tuple(image_index.shape)}")
     return image_index
 
 

@@ -84,6 +84,15 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
     return None
 
 
+# By (op, device type, dtype): what runs where no backend is named. Everything else is the reference's.
+FASTEST: dict[tuple[str, str, torch.dtype], str] = {
+    (op, device, dtype): backend
+    for (op, backend, device), dtypes in _KERNELS.items()
+    for dtype in dtypes
+    if why_not(op, backend, device, dtype) is None
+}
+
+
 def choose(op: str, backend: str | None, x: Tensor) -> str:
     """The backend that runs `op` on `x`: the one named, else DDPM_FAST_BACKEND's, else the fastest that can.
 
@@ -92,7 +101,7 @@ def choose(op: str, backend: str | None, x: Tensor) -> str:
     """
     named = backend if backend is not None else FORCED_BACKEND
     if named is None:
-        return "reference" if why_not(op, "native", x.device.type, x.dtype) else "native"
+        return FASTEST.get((op, x.device.type, x.dtype), "reference")
     if named not in BACKENDS:
         raise ValueError(f"backend={named!r} is not known; allowed: {', '.join(BACKENDS)} or None")
     reason = why_not(op, named, x.device.type, x.dtype)

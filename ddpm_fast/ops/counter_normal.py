@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._checks import as_image_index, as_seed, check
+from ._checks import as_image_index, as_index, as_seed
 from ._dispatch import choose, define
 
 STREAMS = {
@@ -50,21 +50,17 @@ def counter_normal(
         RuntimeError: a backend named that cannot run here.
     """
     shape = tuple(shape)
-    check(len(shape) >= 1, f"shape must have a batch dimension, got {shape}")
-    check(stream in STREAMS, f"stream={stream!r} is not known; allowed: {', '.join(STREAMS)}")
+    if not shape:
+        raise ValueError("shape must have a batch dimension, got ()")
+    if stream not in STREAMS:
+        raise ValueError(f"stream={stream!r} is not known; allowed: {', '.join(STREAMS)}")
     given = next((v.device for v in (image_index, seed, step) if isinstance(v, Tensor)), None)
     device = given if given is not None else torch.device(device or "cpu")
     seed = as_seed(seed, shape[0], device)
     image_index = as_image_index(image_index, shape[0], device)
-    if isinstance(step, int) and not isinstance(step, bool):
-        check(0 <= step < 2**28, f"step must be in [0, 2**28), got {step}")
-        step = torch.full((), step, dtype=torch.int64, device=device)
-    elif not isinstance(step, Tensor) or step.dtype != torch.int64:
-        raise TypeError(f"step must be an int or an int64 Tensor, got {step!r}")
-    check(
-        step.dim() == 0 or tuple(step.shape) == (shape[0],),
-        f"step must be 0-d or of shape ({shape[0]},), got {tuple(step.shape)}",
-    )
+    if isinstance(step, int) and not 0 <= step < 2**28:
+        raise ValueError(f"step must be in [0, 2**28), got {step}")
+    step = as_index("step", step, shape[0], device)
     proxy = torch.empty(0, dtype=torch.float32, device=device)
     native = choose("counter_normal", backend, proxy) != "reference"
     run = torch.ops.ddpm_fast.counter_normal if native else reference.counter_normal
@@ -72,9 +68,9 @@ def counter_normal(
 
 
 def philox4x32_10(counter: Tensor, key: Tensor, *, backend: str | None = None) -> Tensor:
-    """The integer stage by itself, for known-answer tests: ``(n, 4)`` counters, ``(n, 2)`` keys -> ``(n, 4)``.
+    """The integer stage by itself, for known-answer tests.
 
-    uint32 words held in int64.
+    ``counter`` (n, 4) and ``key`` (n, 2) -> (n, 4), uint32 words held in int64.
     """
     proxy = torch.empty(0, dtype=torch.float32, device=counter.device)
     native = choose("counter_normal", backend, proxy) != "reference"

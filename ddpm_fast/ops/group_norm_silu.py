@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._checks import check, check_floating, describe
+from ._checks import check_floating, describe
 from ._dispatch import LIBRARY, choose, define
 
 
@@ -55,29 +55,33 @@ def group_norm_silu(
     """
     check_floating("x", x, 2)
     batch, channels = x.shape[:2]
-    check(
-        isinstance(num_groups, int) and num_groups > 0 and channels % num_groups == 0,
-        f"num_groups must divide x's {channels} channels, got {num_groups}",
-    )
-    check(x.numel() > 0, f"x must not be empty, got shape {tuple(x.shape)}")
-    for name, value, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("add", add, (batch, channels)),
-        ("scale", scale, (batch, channels)),
-        ("shift", shift, (batch, channels)),
-    ):
-        if value is not None:
-            check_floating(name, value, 1)
-            check(
-                tuple(value.shape) == shape and value.device == x.device,
-                f"{name} must have shape {shape} on {x.device}, got {describe(value)}",
-            )
-    check(act in ("silu", "none"), f"act={act!r} is not known; allowed: silu, none")
-    check(eps >= 0, f"eps must be at least 0, got {eps}")
+    if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups != 0:
+        raise ValueError(f"num_groups must divide x's {channels} channels, got {num_groups}")
+    if x.numel() == 0:
+        raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
+    if weight is not None:
+        check_channels("weight", weight, (channels,), x)
+    if bias is not None:
+        check_channels("bias", bias, (channels,), x)
+    if add is not None:
+        check_channels("add", add, (batch, channels), x)
+    if scale is not None:
+        check_channels("scale", scale, (batch, channels), x)
+    if shift is not None:
+        check_channels("shift", shift, (batch, channels), x)
+    if act not in ("silu", "none"):
+        raise ValueError(f"act={act!r} is not known; allowed: silu, none")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     native = choose("group_norm_silu", backend, x) != "reference"
     run = torch.ops.ddpm_fast.group_norm_silu if native else _reference
     return run(x, num_groups, weight, bias, eps, add, scale, shift, act == "silu")
+
+
+def check_channels(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    check_floating(name, values, 1)
+    if values.shape != shape or values.device != x.device:
+        raise ValueError(f"{name} must have shape {shape} on {x.device}, got {describe(values)}")
 
 
 def _reference(x, num_groups, weight, bias, eps, add, scale, shift, silu):

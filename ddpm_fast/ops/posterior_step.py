@@ -15,7 +15,6 @@ from ._checks import (
     as_seed,
     as_table,
     at_hand,
-    check,
     check_floating,
     check_like,
     check_range,
@@ -78,7 +77,8 @@ def posterior_step(
     if differentiable and backend is None:
         backend = "reference"
     native = choose("posterior_step", backend, x) != "reference"
-    check(not (native and differentiable), "x, out, noise, x0_prev: only backend='reference' has gradients")
+    if native and differentiable:
+        raise ValueError("x, out, noise or x0_prev asks for a gradient: only backend='reference' has one")
     return (torch.ops.ddpm_fast.posterior_step if native else _reference)(*args)
 
 
@@ -104,7 +104,8 @@ def posterior_step_(
         As `posterior_step`.
     """
     for name, value in (("x", x), ("x0", x0)):
-        check(value is None or value.is_contiguous(), f"{name} must be contiguous to be written in place")
+        if value is not None and not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous to be written in place")
     *args, clip, clip_each = _arguments(x, out, table, i, noise, seed, image_index, x0, clip)
     if choose("posterior_step", backend, x) == "reference":
         with torch.no_grad():
@@ -119,24 +120,24 @@ def _arguments(x, out, table, i, noise, seed, image_index, x0_prev, clip):
     check_floating("x", x, 2)
     check_floating("out", out, 2)
     channels = x.shape[1]
-    check(
-        out.shape[0] == x.shape[0]
-        and out.shape[1] in (channels, 2 * channels)
-        and out.shape[2:] == x.shape[2:]
-        and out.device == x.device,
-        f"out must have x's shape {tuple(x.shape)}, or twice its {channels} channels, on {x.device}; "
-        f"got {describe(out)}",
-    )
+    doubled = (x.shape[0], 2 * channels, *x.shape[2:])
+    if (out.shape != x.shape and out.shape != doubled) or out.device != x.device:
+        raise ValueError(
+            f"out must have x's shape {tuple(x.shape)}, or twice its {channels} channels, on {x.device}; "
+            f"got {describe(out)}"
+        )
     if out.dtype != x.dtype and not (x.dtype == torch.float32 and out.dtype != torch.float64):
         raise TypeError(f"out must be {x.dtype} like x, or a half type beside a float32 x; got {out.dtype}")
     table = as_table(table, x, (7, 9))
-    check(
-        table.shape[1] == 7 or out.shape[1] == 2 * channels,
-        f"a table with a learned range needs out with {2 * channels} channels, got {out.shape[1]}",
-    )
-    i = as_index("i", i, x)
-    check(noise is None or seed is None, "give noise or seed, not both")
-    check((seed is None) == (image_index is None), "seed and image_index go together: give both or neither")
+    if table.shape[1] == 9 and out.shape != doubled:
+        raise ValueError(
+            f"a table with a learned range needs out with {2 * channels} channels, got {out.shape[1]}"
+        )
+    i = as_index("i", i, x.shape[0], x.device)
+    if noise is not None and seed is not None:
+        raise ValueError("give noise or seed, not both")
+    if (seed is None) != (image_index is None):
+        raise ValueError("seed and image_index go together: give both or neither")
     for name, value in (("noise", noise), ("x0_prev", x0_prev)):
         if value is not None:
             check_like(name, value, x, "x")
@@ -145,10 +146,10 @@ def _arguments(x, out, table, i, noise, seed, image_index, x0_prev, clip):
         image_index = as_image_index(image_index, x.shape[0], x.device)
     clip_each = None
     if isinstance(clip, Tensor):
-        check(
-            tuple(clip.shape) == (x.shape[0],) and clip.dtype == torch.float32 and clip.device == x.device,
-            f"clip must be None, a number or ({x.shape[0]},) float32 on {x.device}; got {describe(clip)}",
-        )
+        if clip.shape != (x.shape[0],) or clip.dtype != torch.float32 or clip.device != x.device:
+            raise ValueError(
+                f"clip must be None, a number or ({x.shape[0]},) float32 on {x.device}; got {describe(clip)}"
+            )
         clip, clip_each = math.inf, clip
     elif clip is None:
         clip = math.inf

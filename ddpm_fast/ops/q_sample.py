@@ -47,7 +47,7 @@ def q_sample(
     check_floating("x0", x0, 1)
     check_like("noise", noise, x0, "x0")
     table = as_table(table, x0, (2,))
-    t = as_index("t", t, x0)
+    t = as_index("t", t, x0.shape[0], x0.device)
     run = _reference if choose("q_sample", backend, x0) == "reference" else torch.ops.ddpm_fast.q_sample
     return run(x0, noise, t, table)
 
@@ -82,7 +82,7 @@ def q_sample_counter(
     """
     check_floating("x0", x0, 1)
     table = as_table(table, x0, (2,))
-    t = as_index("t", t, x0)
+    t = as_index("t", t, x0.shape[0], x0.device)
     seed = as_seed(seed, x0.shape[0], x0.device)
     image_index = as_image_index(image_index, x0.shape[0], x0.device)
     native = choose("q_sample", backend, x0) != "reference"

@@ -33,23 +33,39 @@ struct Moments {
   }
 };
 
-// y = silu(gain (x - center) + offset): the mean is taken off first, in a float and the rest of it in offset.
-struct Channel {
-  float center, gain, offset;
+// y = silu((x - center) gain + offset), by channel: the mean comes off first, as a float, and what that float
+// lacks of it is in the offset.
+struct Folded {
+  float *center, *gain, *offset;
 };
 
-inline Channel fold(const GroupNormArgs& args, int64_t channel, double mean, double rstd) {
-  const double weight = args.weight ? args.weight[channel] : 1;
-  const double bias = args.bias ? args.bias[channel] : 0;
-  const double add = args.add ? args.add[channel] : 0;
-  const double scale = args.scale ? 1 + static_cast<double>(args.scale[channel]) : 1;
-  const double shift = args.shift ? args.shift[channel] : 0;
-  Channel folded;
-  folded.center = static_cast<float>(mean - add);
-  folded.gain = static_cast<float>(rstd * weight * scale);
-  folded.offset =
-      static_cast<float>((folded.center - (mean - add)) * rstd * weight * scale + bias * scale + shift);
-  return folded;
+// A group's statistics into its channels [0, channels), before the affine.
+inline void fold_statistics(double mean, double rstd, const float* add, int64_t channels, const Folded& to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double exact = mean - (add ? add[c] : 0.0f);
+    to.center[c] = static_cast<float>(exact);
+    to.offset[c] = static_cast<float>(to.center[c] - exact);
+    to.gain[c] = static_cast<float>(rstd);
+  }
+}
+
+inline void fold_affine(const GroupNormArgs& args, int64_t from, int64_t channels, const Folded& to) {
+  if (args.weight) {
+    for (int64_t c = 0; c < channels; ++c) to.gain[c] *= args.weight[from + c];
+  }
+  for (int64_t c = 0; c < channels; ++c) to.offset[c] *= to.gain[c];
+  if (args.bias) {
+    for (int64_t c = 0; c < channels; ++c) to.offset[c] += args.bias[from + c];
+  }
+  if (args.scale) {
+    for (int64_t c = 0; c < channels; ++c) {
+      to.gain[c] *= 1.0f + args.scale[from + c];
+      to.offset[c] *= 1.0f + args.scale[from + c];
+    }
+  }
+  if (args.shift) {
+    for (int64_t c = 0; c < channels; ++c) to.offset[c] += args.shift[from + c];
+  }
 }
 
 inline double reciprocal_root(double x) { return 1 / __builtin_sqrt(x); }
@@ -153,11 +169,10 @@ void group_norm_nhwc(
       group.merge(static_cast<double>(pixels), shift[c] + add, sums[c], squares[c]);
     }
     const double mean = group.mean(), rstd = reciprocal_root(group.variance() + args.eps);
-    for (int64_t c = first; c < first + channels_per_group; ++c) {
-      const Channel folded = fold(args, c, mean, rstd);
-      center[c] = folded.center, gain[c] = folded.gain, offset[c] = folded.offset;
-    }
+    const float* add = args.add ? args.add + first : nullptr;
+    fold_statistics(mean, rstd, add, channels_per_group, {center + first, gain + first, offset + first});
   }
+  fold_affine(args, 0, channels, {center, gain, offset});
   if (args.silu) {
     apply_rows<true>(x, y, pixels, stride, channels, center, gain, offset);
   } else {
@@ -204,12 +219,11 @@ inline void add_moments(const T* x, int64_t n, double add, Moments& group) {
 }
 
 template <bool kSilu, typename T>
-inline void apply_span(const T* x, T* y, int64_t n, const Channel& channel) {
-  const Float center = broadcast(channel.center), gain = broadcast(channel.gain);
-  const Float offset = broadcast(channel.offset);
+inline void apply_span(const T* x, T* y, int64_t n, float center, float gain, float offset) {
+  const Float m = broadcast(center), g = broadcast(gain), b = broadcast(offset);
   int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) store(y + k, apply<kSilu>(load(x + k), center, gain, offset));
-  if (k < n) store(y + k, apply<kSilu>(load(x + k, n - k), center, gain, offset), n - k);
+  for (; k + kLanes <= n; k += kLanes) store(y + k, apply<kSilu>(load(x + k), m, g, b));
+  if (k < n) store(y + k, apply<kSilu>(load(x + k, n - k), m, g, b), n - k);
 }
 
 template <typename T>
@@ -225,12 +239,19 @@ void group_norm_nchw(const T* x, T* y, int64_t pixels, int64_t channels, const G
     }
   }
   const double mean = group.mean(), rstd = reciprocal_root(group.variance() + args.eps);
-  for (int64_t c = 0; c < channels; ++c, x += pixels, y += pixels) {
-    const Channel folded = fold(args, c, mean, rstd);
-    if (args.silu) {
-      apply_span<true>(x, y, pixels, folded);
-    } else {
-      apply_span<false>(x, y, pixels, folded);
+  constexpr int64_t kChannels = 64;
+  float center[kChannels], gain[kChannels], offset[kChannels];
+  const Folded folded{center, gain, offset};
+  for (int64_t from = 0; from < channels; from += kChannels) {
+    const int64_t count = channels - from < kChannels ? channels - from : kChannels;
+    fold_statistics(mean, rstd, args.add ? args.add + from : nullptr, count, folded);
+    fold_affine(args, from, count, folded);
+    for (int64_t c = 0; c < count; ++c, x += pixels, y += pixels) {
+      if (args.silu) {
+        apply_span<true>(x, y, pixels, center[c], gain[c], offset[c]);
+      } else {
+        apply_span<false>(x, y, pixels, center[c], gain[c], offset[c]);
+      }
     }
   }
 }
