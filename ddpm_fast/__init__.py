@@ -1,5 +1,23 @@
 """The fastest correct way to sample and train denoising diffusion models in PyTorch."""
 
-from . import ops
+from . import checkpoint, ops, steps
+from .info import info
+from .sampler import Sampler, to_uint8
+from .schedule import Schedule
+from .steps import StepTable
+from .unet import UNet, UNetConfig
 
-__all__ = ["ops"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "Sampler",
+    "Schedule",
+    "StepTable",
+    "UNet",
+    "UNetConfig",
+    "checkpoint",
+    "info",
+    "ops",
+    "steps",
+    "to_uint8",
+]

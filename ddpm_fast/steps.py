@@ -186,6 +186,7 @@ def ddpm(
     prediction: str = "epsilon",
     spacing: str | Sequence[int] = "leading",
     steps_offset: int = 0,
+    arithmetic: str = "float64",
 ) -> StepTable:
     """Ancestral sampling, x_next from `q(x_prev | x, x0)` (Ho et al. 2020, arXiv 2006.11239, eq. 7 and 11).
 
@@ -203,7 +204,10 @@ def ddpm(
             (`ModelMeanType.PREVIOUS_X` of OpenAI): clipping x0 then leaves x alone.
         spacing: "leading", "linspace" or "trailing" as in diffusers' DDPMScheduler; OpenAI's "ddimN" or
             sections in one string, as "50" or "10,15,20"; or the timesteps themselves, descending integers.
-        steps_offset: added to each timestep of "leading"; the others do not read it, as in diffusers.
+        steps_offset: added to each timestep of "leading", and of that only.
+        arithmetic: what the coefficients are computed in. "float32" repeats diffusers' rounding, whose
+            `1 - ab / ab_prev` is off by up to 4e-4 of itself (its step by 8e-5, at the smallest t): for who
+            must match its images, not the mathematics.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -211,7 +215,9 @@ def ddpm(
             prediction that cannot give x0 at one of the run's noise levels ("epsilon" where ab is 0).
     """
     _choose("variance", variance, VARIANCES)
+    _choose("arithmetic", arithmetic, ("float64", "float32"))
     levels = _Levels.of(schedule, num_steps, spacing, steps_offset)
+    levels = _Levels(levels.timesteps, levels.ab.astype(arithmetic))
     (x0_from_x, x0_from_out), _ = levels.predictions(prediction)
 
     small = np.maximum((1.0 - levels.ab_prev) / (1.0 - levels.ab) * levels.beta, SMALLEST_VARIANCE)
@@ -382,7 +388,7 @@ class _Levels:
 
     @cached_property
     def ab_prev(self) -> np.ndarray:
-        return np.append(self.ab[1:], 1.0)
+        return np.append(self.ab[1:], self.ab.dtype.type(1))
 
     @cached_property
     def beta(self) -> np.ndarray:
@@ -531,6 +537,8 @@ def _timesteps(T: int, num_steps: Any, spacing: Any, steps_offset: Any, drop_las
     if not isinstance(spacing, str):
         timesteps = _explicit(T, spacing)
     elif spacing in SPACINGS:
+        if steps_offset and spacing != "leading":
+            raise ValueError(f"steps_offset is for 'leading' spacing, got {steps_offset} with {spacing!r}")
         num_steps = T if num_steps is None else num_steps
         if spacing == "trailing":
             return trailing(T, num_steps)
@@ -542,6 +550,8 @@ def _timesteps(T: int, num_steps: Any, spacing: Any, steps_offset: Any, drop_las
             )
         timesteps = linspace(T, points) if spacing == "linspace" else leading(T, points, steps_offset)
         return timesteps[:num_steps]
+    elif steps_offset:
+        raise ValueError(f"steps_offset is for 'leading' spacing, got {steps_offset} with {spacing!r}")
     elif spacing.startswith("ddim") or spacing[:1].isdigit():
         timesteps = space_timesteps(T, spacing)
     else:

@@ -51,3 +51,8 @@ const Kernels& kernels() {
 }
 
 }  // namespace ddpm_fast::cpu
+
+// For `ddpm_fast.info()`, which reads it with ctypes: the name of the instruction set in use.
+extern "C" __attribute__((visibility("default"))) const char* ddpm_fast_cpu_kernels() {
+  return ddpm_fast::cpu::kernels().isa;
+}

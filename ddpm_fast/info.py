@@ -1,0 +1,52 @@
+"""What runs here: versions, devices, the compiled library, and the backend of each op with its reason."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .ops import _dispatch
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, whether the library was built and which of its instruction sets runs, and backends.
+
+    ``backends`` maps each op and device to the backend that runs float32 there and why.
+    """
+    devices = ["cpu"] + [f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())]
+    missing = _dispatch.NATIVE_MISSING
+    return {
+        "ddpm_fast": version("ddpm_fast"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "library": str(_dispatch.LIBRARY_FILE) if missing is None else f"none: {missing}",
+        "cpu kernels": _cpu_kernels() if missing is None else "none",
+        "backends": {
+            f"{op} on {device}": _backend(op, device)
+            for op in _dispatch.OPS
+            for device in dict.fromkeys(d.split(":")[0] for d in devices)
+        },
+    }
+
+
+def _backend(op: str, device: str) -> str:
+    forced, dtype = _dispatch.FORCED_BACKEND, torch.float32
+    if forced is not None:
+        reason = _dispatch.why_not(op, forced, device, dtype)
+        return f"{forced} (DDPM_FAST_BACKEND)" + (f", which cannot run: {reason}" if reason else "")
+    chosen = _dispatch.FASTEST.get((op, device, dtype), "reference")
+    reason = _dispatch.why_not(op, "native", device, dtype)
+    return f"{chosen} ({'the fastest measured here' if reason is None else reason})"
+
+
+def _cpu_kernels() -> str:
+    name = ctypes.CDLL(str(_dispatch.LIBRARY_FILE)).ddpm_fast_cpu_kernels
+    name.restype = ctypes.c_char_p
+    return name().decode()

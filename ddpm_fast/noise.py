@@ -1,0 +1,64 @@
+"""Where a run's noise comes from: a counter, or torch's generators drawn as diffusers draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+class Noise(Protocol):
+    def x_T(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """The start of a run: float32 ``shape`` (B, ...)."""
+
+    def for_step(self, x: Tensor, draws: bool) -> dict[str, Tensor | None]:
+        """The noise arguments of `ops.posterior_step_` at the next step; `draws` as in `StepTable.draws`."""
+
+
+@dataclass(frozen=True)
+class CounterNoise:
+    """Noise that the kernel draws itself: image k's depends on (seed, k, step) only, see `ops.counter_normal`.
+
+    ``seed`` 0-d or (B,), ``image_index`` (B,): int64, on the run's device.
+    """
+
+    seed: Tensor
+    image_index: Tensor
+
+    def x_T(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return ops.counter_normal(shape, self.seed, self.image_index, 0, stream="x_T")
+
+    def for_step(self, x: Tensor, draws: bool) -> dict[str, Tensor | None]:
+        return {"seed": self.seed, "image_index": self.image_index}
+
+
+@dataclass(frozen=True)
+class TorchNoise:
+    """Noise from torch generators with the draws of a diffusers pipeline: count, order, dtype and device.
+
+    One generator for the batch, or one an image; a CPU generator draws on the CPU and the noise is copied to
+    the run's device. ``dtype`` is what the model runs in.
+    """
+
+    generator: torch.Generator | Sequence[torch.Generator]
+    dtype: torch.dtype
+
+    def x_T(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return self._draw(tuple(shape), device)
+
+    def for_step(self, x: Tensor, draws: bool) -> dict[str, Tensor | None]:
+        return {"noise": self._draw(tuple(x.shape), x.device) if draws else None}
+
+    def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            noise = torch.randn(shape, generator=generator, device=generator.device, dtype=self.dtype)
+            return noise.to(device)
+
+        if isinstance(self.generator, torch.Generator):
+            return draw(shape, self.generator).float()
+        return torch.cat([draw((1, *shape[1:]), generator) for generator in self.generator]).float()
