@@ -310,8 +310,9 @@ def _convert_scheduler(config: Mapping[str, Any]) -> tuple[Schedule, dict[str, A
         "prediction": _choose(config, "prediction_type", predictions),
         "clip": config["clip_sample_range"] if config.get("clip_sample") else None,
         "spacing": _choose(config, "timestep_spacing", spacings),
-        "steps_offset": config["steps_offset"],
     }
+    if settings["spacing"] == "leading":  # the other spacings do not read it
+        settings["steps_offset"] = config["steps_offset"]
     if config["thresholding"]:  # its quantile is cut to [1, sample_max_value]: with 1 there, it is a clip
         settings["clip"] = _choose(config, "sample_max_value", {1.0: 1.0})
     if method == "ddpm":

@@ -17,7 +17,9 @@ def info() -> dict[str, Any]:
 
     ``backends`` maps each op and device to the backend that runs float32 there and why.
     """
-    devices = ["cpu"] + [f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())]
+    devices = ["cpu"] + [
+        f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())
+    ]
     missing = _dispatch.NATIVE_MISSING
     return {
         "ddpm_fast": version("ddpm_fast"),

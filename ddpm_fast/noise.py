@@ -22,7 +22,7 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class CounterNoise:
-    """Noise that the kernel draws itself: image k's depends on (seed, k, step) only, see `ops.counter_normal`.
+    """Noise that the kernel draws itself, see `ops.counter_normal`: image k's depends on (seed, k, step).
 
     ``seed`` 0-d or (B,), ``image_index`` (B,): int64, on the run's device.
     """

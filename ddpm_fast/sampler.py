@@ -31,23 +31,24 @@ class Sampler:
 
         x = x_T
         for i, t in enumerate(table.timesteps):
-            x, x0 = ops.posterior_step(x, model(x, t), table, i, seed=seed, image_index=..., x0_prev=x0, clip=clip)
+            out = model(x, t)
+            x, x0 = ops.posterior_step(x, out, table, i, seed=seed, image_index=k, x0_prev=x0, clip=clip)
 
     Args:
-        model: any ``model(x, t) -> out``; x (B, ...) of at least two dimensions, t (B,) int64. ``out`` is like
-            x, or has twice its channels where the variance is learned. A module runs in eval mode.
+        model: any ``model(x, t) -> out``; x (B, ...) of at least two dimensions, t (B,) int64. ``out`` is
+            like x, or has twice its channels where the variance is learned. A module runs in eval mode.
         schedule: what training fixed.
-        method: "ddpm" (Ho et al. 2020), "ddim" (Song et al. 2021) or "dpm_solver" (DPM-Solver++(2M), Lu et al.
-            2022).
+        method: "ddpm" (Ho et al. 2020), "ddim" (Song et al. 2021) or "dpm_solver" (DPM-Solver++(2M), Lu et
+            al. 2022).
         num_steps: model calls of a run. None: T for ddpm, at most 50 for ddim, at most 20 for dpm_solver.
         spacing, prediction, steps_offset: see `steps.ddpm`; None is the method's own default ("leading", and
             "linspace" for dpm_solver; "epsilon"; 0).
         variance: of ddpm only: "fixed_small" (None), "fixed_large", "learned_range".
         eta, use_clipped_out, final_alpha_cumprod: of ddim only, see `steps.ddim`.
         order: of dpm_solver only, 2 (None) or 1.
-        clip: bound of \\|x0\\|, a number or None.
-        dtype: what the model runs in, None for as it is. The model is copied, so a later change of its weights
-            does not show here; x stays float32.
+        clip: bound of the absolute value of x0, a number or None.
+        dtype: what the model runs in, None for as it is. The model is copied, so a later change of its
+            weights does not show here; x stays float32.
 
     Attributes:
         table: the `StepTable` of the run.
@@ -78,7 +79,9 @@ class Sampler:
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
-        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0):
+        if clip is not None and (
+            isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
+        ):
             raise ValueError(f"clip must be None or a positive number, got {clip!r}")
         if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype must be None or a floating dtype, got {dtype}")
@@ -105,6 +108,8 @@ class Sampler:
             model = copy.deepcopy(model).to(dtype)
         self.model = model
 
+    to_uint8 = staticmethod(lambda images: to_uint8(images))
+
     def __call__(
         self,
         batch_size: int | None = None,
@@ -118,13 +123,13 @@ class Sampler:
         progress: bool = False,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Run the whole table; float32 ``(B, *shape)``, contiguous, in [-clip, clip] up to the last step's noise.
+        """Run the whole table; returns float32 ``(B, *shape)``, contiguous.
 
         Args:
             batch_size: images of this run; None: as many as ``x_T`` or the generators have, else 1.
             shape: of one sample, without the batch; default the model's ``sample_shape``.
-            seed, first_image: sample b is image ``first_image + b`` of this 64-bit seed: the same whatever the
-                batch, or how a run is split into batches.
+            seed, first_image: sample b is image ``first_image + b`` of this 64-bit seed: the same whatever
+                the batch, or how a run is split into batches.
             x_T: the start, ``(B, *shape)``; default drawn.
             generator: with noise="torch": a generator, or a list of one an image; default one that is seeded
                 with ``seed``.
@@ -158,7 +163,9 @@ class Sampler:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: str = "counter",
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Yield ``(i, t, x, x0)`` after every ``every``-th step and the last: copies, the arguments of a call.
+        """Yield ``(i, t, x, x0)`` after every ``every``-th step and the last; the tensors are copies.
+
+        The other arguments are those of a call.
 
         Raises:
             As a call, at once; ValueError for ``every`` below 1.
@@ -186,14 +193,18 @@ class Sampler:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
         if x_T is not None:
             if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
-                raise TypeError(f"x_T must be a floating Tensor, got {getattr(x_T, 'dtype', type(x_T).__name__)}")
+                raise TypeError(
+                    f"x_T must be a floating Tensor, got {getattr(x_T, 'dtype', type(x_T).__name__)}"
+                )
             shape = tuple(x_T.shape[1:]) if shape is None else tuple(shape)
             if tuple(x_T.shape) != (batch_size, *shape):
                 raise ValueError(f"x_T must have shape {(batch_size, *shape)}, got {tuple(x_T.shape)}")
         if shape is None:
             shape = getattr(self.model, "sample_shape", None)
             if shape is None:
-                raise ValueError("shape must be given, as (C, H, W): the model has no sample_shape to take it from")
+                raise ValueError(
+                    "shape must be given, as (C, H, W): the model has no sample_shape to take it from"
+                )
         shape = (batch_size, *shape)
         if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError(f"shape must be positive sizes without the batch, as (C, H, W), got {shape[1:]}")
@@ -212,14 +223,20 @@ class Sampler:
             if first_image != 0:
                 raise ValueError("first_image is for noise='counter'; torch's generators do not count images")
             if several and len(generator) != batch_size:
-                raise ValueError(f"generator must be one, or {batch_size}, one an image; got {len(generator)}")
+                raise ValueError(
+                    f"generator must be one, or {batch_size}, one an image; got {len(generator)}"
+                )
             if generator is None:
                 generator = torch.Generator().manual_seed(seed)
             source = TorchNoise(generator, self.dtype or torch.float32)
         else:
             raise ValueError(f"noise={noise!r} is not known; allowed: counter, torch")
 
-        x = source.x_T(shape, device) if x_T is None else x_T.to(device, torch.float32, copy=True).contiguous()
+        x = (
+            source.x_T(shape, device)
+            if x_T is None
+            else x_T.to(device, torch.float32, copy=True).contiguous()
+        )
         return _Run(self, x, source, stores_x0)
 
 
@@ -241,7 +258,8 @@ class _Run:
         out = self.model(x, self.times[i])
         if not isinstance(out, Tensor):
             raise TypeError(
-                f"model must return a Tensor, got {type(out).__name__}; wrap it, as in lambda x, t: model(x, t).sample"
+                f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "
+                "lambda x, t: model(x, t).sample"
             )
         noise = self.noise.for_step(self.x, self.draws[i])
         ops.posterior_step_(self.x, out, self.table, self.indices[i], x0=self.x0, clip=self.clip, **noise)
@@ -270,5 +288,7 @@ def _device(model: Any, x_T: Tensor | None) -> torch.device:
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8 in [0, 255], any shape, rounded as diffusers rounds (half to even)."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise TypeError(f"images must be a floating Tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+        raise TypeError(
+            f"images must be a floating Tensor, got {getattr(images, 'dtype', type(images).__name__)}"
+        )
     return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)

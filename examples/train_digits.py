@@ -23,11 +23,11 @@ CONFIG = UNetConfig(
     sample_size=8,
     in_channels=1,
     out_channels=1,
-    block_out_channels=(64, 96),
+    block_out_channels=(48, 64),
     layers_per_block=1,
     down_attention=(False, True),
     up_attention=(True, False),
-    norm_num_groups=16,
+    norm_num_groups=8,
     dropout=0.1,
 )
 SETTINGS = {"method": "ddim", "prediction": "v", "clip": 1.0}

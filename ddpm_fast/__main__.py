@@ -1,0 +1,5 @@
+"""``python -m ddpm_fast``."""
+
+from .cli import main
+
+main()

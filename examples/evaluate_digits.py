@@ -1,0 +1,94 @@
+"""How good are the generated digits? A classifier and a Frechet distance, beside the same of real digits.
+
+    python examples/evaluate_digits.py [--checkpoint DIR] [--n 2000] [--picture samples.png]
+
+For every method: the share of digits to which a classifier, trained on the real ones, gives at least 0.9, the
+class histogram, and the Frechet distance to the training images in the space of their 24 principal components.
+The held-out real digits stand beside them, and a sample of as many generated ones as those are, since the
+distance is biased by the number of images. The last column is the share of generated digits that are nearer to
+a training image than to any other generated one would be by chance: the median distance to the nearest training
+image, relative to that of held-out digits (well below 1 would mean copies).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from digits_data import train_and_held_out
+from sklearn.decomposition import PCA
+from sklearn.neural_network import MLPClassifier
+from torch import Tensor
+
+from ddpm_fast import Sampler, checkpoint, pictures, to_uint8
+
+RUNS = (("ddpm", None), ("ddim", 50), ("dpm_solver", 20))
+
+
+def flat(images: Tensor) -> np.ndarray:
+    return images.reshape(len(images), -1).numpy()
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance between Gaussians fitted to the rows of a and b (Heusel et al. 2017, eq. 6)."""
+    mean, cov_a, cov_b = a.mean(0) - b.mean(0), np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    return float(mean @ mean + np.trace(cov_a + cov_b - 2 * root))
+
+
+def nearest(images: np.ndarray, others: np.ndarray) -> float:
+    """Median distance of an image to the nearest of the others."""
+    return float(torch.cdist(torch.from_numpy(images), torch.from_numpy(others)).amin(1).median())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint.DIGITS)
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+
+    (train, train_labels), (held_out, held_out_labels) = train_and_held_out()
+    classifier = MLPClassifier((256, 128), alpha=1e-2, max_iter=300, random_state=0)
+    classifier.fit(flat(train), train_labels)
+    print(f"classifier: {classifier.score(flat(held_out), held_out_labels):.1%} right on held-out digits")
+    space = PCA(24, random_state=0).fit(flat(train))
+
+    def report(name: str, images: Tensor, seconds: float | None = None) -> None:
+        probability = classifier.predict_proba(flat(images))
+        histogram = np.bincount(probability.argmax(1), minlength=10) / len(images)
+        features, reference = space.transform(flat(images)), space.transform(flat(train))
+        few = frechet(features[: len(held_out)], reference)
+        copies = nearest(flat(images), flat(train)) / nearest(flat(held_out), flat(train))
+        print(
+            f"{name:16} {len(images):5} images  >= 0.9: {(probability.max(1) >= 0.9).mean():6.1%}  "
+            f"least class {histogram.min():5.1%}  Frechet {frechet(features, reference):.3f} "
+            f"({few:.3f} of {len(held_out)})  nearest {copies:.2f}"
+            + ("" if seconds is None else f"  {seconds:.0f} s")
+        )
+        print("  classes " + " ".join(f"{share:5.1%}" for share in histogram))
+
+    report("real, held out", held_out)
+    model, schedule, settings = checkpoint.load(args.checkpoint)
+    of_model = {name: settings[name] for name in ("prediction", "clip")}
+    for method, num_steps in RUNS:
+        sampler = Sampler(model, schedule, method=method, num_steps=num_steps, **of_model)
+        start = time.perf_counter()
+        images = [
+            sampler(min(250, args.n - first), seed=args.seed, first_image=first, progress=True)
+            for first in range(0, args.n, 250)
+        ]
+        x = torch.cat(images)
+        report(f"{method}/{len(sampler.table)}", x.clamp(-1, 1), time.perf_counter() - start)
+        if args.picture:
+            out = args.picture.with_stem(f"{args.picture.stem}-{method}")
+            pictures.write(to_uint8(x[:100]), out, "png-grid")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""`ddpm-fast` as a user runs it: files appear, mistakes are one line on stderr and exit status 1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast import Schedule, UNet, UNetConfig, checkpoint, cli, pictures
+
+
+def run(*args, cwd):
+    command = [sys.executable, "-m", "ddpm_fast", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def call(monkeypatch, *args):
+    """The same in this process: fast, for the many small cases."""
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", *map(str, args)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    torch.manual_seed(0)
+    config = UNetConfig((8,), (False,), (False,), sample_size=8, norm_num_groups=4, layers_per_block=1)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    settings = {"method": "ddpm", "variance": "fixed_large", "prediction": "v", "clip": 1.0}
+    checkpoint.save(folder, UNet(config), Schedule.linear(10), settings)
+    return folder
+
+
+def test_with_no_arguments_it_samples_the_bundled_digits(tmp_path):
+    done = run("sample", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "samples.png: 64 images" in done.stdout and "images/s (ddim, 50 steps, cpu)" in done.stdout
+    assert "50/50" in done.stderr  # the bar
+    picture = Image.open(tmp_path / "samples.png")
+    assert picture.mode == "L" and picture.size == (8 * 34 + 2, 8 * 34 + 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_info(tmp_path):
+    done = run("info", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("ddpm_fast: ", "torch: ", "library: ", "cpu kernels: ", "group_norm_silu on cpu: "):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("method,steps", [("ddpm", 10), ("ddim", 4), ("dpm_solver", 4)])
+def test_methods_and_formats(monkeypatch, tmp_path, tiny, method, steps):
+    common = ("sample", "--checkpoint", tiny, "--method", method, "--steps", steps, "--n", 5, "--batch", 2)
+    assert call(monkeypatch, *common, "--out", tmp_path / "a.npz") == 0
+    images = np.load(tmp_path / "a.npz")["arr_0"]
+    assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8
+    assert call(monkeypatch, *common, "--out", tmp_path / "deep" / "folder") == 0
+    files = sorted((tmp_path / "deep" / "folder").iterdir())
+    assert [f.name for f in files] == [f"{k:06}.png" for k in range(5)]
+    assert np.array_equal(np.stack([np.asarray(Image.open(f)) for f in files]), images)
+    assert call(monkeypatch, *common, "--out", tmp_path / "g.png") == 0
+    sheet = np.asarray(Image.open(tmp_path / "g.png"))
+    assert np.array_equal(sheet[2:34:4, 36:68:4], images[1])
+
+
+def test_image_k_does_not_depend_on_the_run(monkeypatch, tmp_path, tiny):
+    def images(*args):
+        assert call(monkeypatch, "sample", "--checkpoint", tiny, *args, "--out", tmp_path / "a.npz") == 0
+        return np.load(tmp_path / "a.npz")["arr_0"].astype(int)
+
+    whole = images("--n", 7, "--seed", 5)
+    assert np.abs(images("--n", 7, "--seed", 5, "--batch", 3) - whole).max() <= 1
+    assert np.abs(images("--n", 2, "--seed", 5, "--first-image", 4) - whole[4:6]).max() <= 1
+    assert np.abs(images("--n", 7, "--seed", 6) - whole).max() > 10
+
+
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (("--n", 0), "--n must be at least 1, got 0"),
+        (("--batch", 0), "--batch must be at least 1"),
+        (("--first-image", -1), "--first-image must be at least 0"),
+        (("--method", "euler"), "method='euler' is not known; allowed: ddpm, ddim, dpm_solver"),
+        (("--steps", 11), "num_steps must be in [1, 10], got 11"),
+        (("--steps", 0), "num_steps must be in [1, 10], got 0"),
+        (("--format", "jpg"), "--format 'jpg' is not known; allowed: png-grid, png-dir, npz"),
+        (("--out", "a.jpg"), "--out a.jpg does not say its format"),
+        (("--out", "/proc/nowhere/a.png"), "/proc/nowhere cannot be written"),
+        (("--checkpoint", "nowhere"), "nowhere is not a folder"),
+        (("--seed", 2**64), "seed must fit in 64 bits"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, tmp_path, tiny, args, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("work was done"))
+    code = call(monkeypatch, "sample", "--checkpoint", tiny, *args)
+    assert isinstance(code, str) and code.startswith("error: ") and words in code
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(OSError, match="is not a folder"):
+        pictures.check_writable(tmp_path / "f", "png-dir")
+    with pytest.raises(OSError, match="is not a file"):
+        pictures.check_writable(tmp_path, "npz")
+    with pytest.raises(OSError, match="cannot be written"):
+        pictures.check_writable(tmp_path / "f" / "a.png", "png-grid")
+    with pytest.raises(ValueError, match="1, 3 or 4 channels, not 2"):
+        pictures.check_channels(2, "png-grid")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    out = tmp_path / "a.npz"
+    out.write_bytes(b"old")
+    monkeypatch.setattr(np, "savez", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        pictures.write(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), out, "npz")
+    assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]

@@ -1,0 +1,353 @@
+"""The sampler: equal to the naive loop, to diffusers' pipelines, and to itself whatever the batch."""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, ops, reference, to_uint8
+from ddpm_fast.ops import _dispatch
+
+SCHEDULE = Schedule.linear()
+METHODS = ("ddpm", "ddim", "dpm_solver")
+
+
+def denoiser(x, t):
+    """A model with some of a network's behaviour: bounded, and different at every t and channel."""
+    time = (t.float() / 1000).reshape(-1, *[1] * (x.dim() - 1))
+    return torch.tanh(x * (0.5 + time)) + 0.1 * x.roll(1, 1)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    model = UNet(UNetConfig((16, 32), (False, True), (True, False), sample_size=8, norm_num_groups=8))
+    for parameter in model.parameters():  # zero-initialised outputs would make a model that does nothing
+        torch.nn.init.normal_(parameter, std=0.08)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_is_the_naive_loop(method, clip):
+    sampler = Sampler(denoiser, SCHEDULE, method=method, num_steps=20, clip=clip)
+    images, seed = torch.arange(7, 10), torch.tensor(5)
+    x_T = ops.counter_normal((3, 3, 9, 7), 5, 7, 0, stream="x_T")
+    expected = reference.sample(
+        denoiser,
+        x_T,
+        sampler.table.timesteps_tensor(),
+        sampler.table.tensor(),
+        seed=seed,
+        image_index=images,
+        clip=clip,
+    )
+    got = sampler(3, shape=(3, 9, 7), seed=5, first_image=7)
+    assert got.dtype == torch.float32 and got.is_contiguous()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_documented(method):
+    steps = {"ddpm": 1000, "ddim": 50, "dpm_solver": 20}[method]
+    table = Sampler(denoiser, SCHEDULE, method=method).table
+    assert len(table) == steps
+    assert table.timesteps[0] == {"ddpm": 999, "ddim": 980, "dpm_solver": 999}[method]
+    assert len(Sampler(denoiser, Schedule.linear(10), method=method).table) == (10 if method == "ddpm" else 9)
+
+
+def test_noise_does_not_depend_on_the_batch():
+    """x_T and every step's noise, bit for bit: a model that returns 0 leaves only them."""
+
+    def silent(x, t):
+        return torch.zeros_like(x)
+
+    sampler = Sampler(silent, SCHEDULE, num_steps=8, variance="fixed_large", clip=None)
+    whole = sampler(64, shape=(3, 8, 8), seed=11, first_image=100)
+    for first, size in ((0, 1), (5, 1), (0, 3), (61, 3), (10, 54)):
+        part = sampler(size, shape=(3, 8, 8), seed=11, first_image=100 + first)
+        assert torch.equal(part, whole[first : first + size])
+    other = sampler(64, shape=(3, 8, 8), seed=12, first_image=100)
+    assert (other - whole).abs().amax((1, 2, 3)).min() > 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_do_not_depend_on_the_batch(unet, method):
+    sampler = Sampler(unet, SCHEDULE, method=method, num_steps=10)
+    whole = sampler(64, seed=3)
+    for first, size in ((0, 1), (63, 1), (0, 3), (30, 3), (0, 20), (20, 44)):
+        part = sampler(size, seed=3, first_image=first)
+        assert (part - whole[first : first + size]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_point_cloud_and_a_video(backend, monkeypatch):
+    if reason := _dispatch.why_not("posterior_step", backend, "cpu", torch.float32):
+        pytest.skip(reason)
+    monkeypatch.setattr(_dispatch, "FORCED_BACKEND", backend)
+    for shape in ((2,), (1, 3, 4, 5)):
+        x = Sampler(denoiser, SCHEDULE, num_steps=5)(10, shape=shape)
+        assert x.shape == (10, *shape) and x.isfinite().all()
+
+
+def test_learned_range():
+    def model(x, t):
+        return torch.cat([denoiser(x, t), denoiser(x, t) * 0.5], 1)
+
+    drawn = Sampler(model, SCHEDULE, num_steps=20, variance="learned_range")(2, shape=(3, 8, 8))
+    assert drawn.isfinite().all()
+    ddim = Sampler(model, SCHEDULE, method="ddim", num_steps=20)(2, shape=(3, 8, 8))  # ignores the variance
+    assert torch.equal(ddim, Sampler(denoiser, SCHEDULE, method="ddim", num_steps=20)(2, shape=(3, 8, 8)))
+
+
+# ---- against diffusers ----
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers", reason="diffusers is not installed: pip install ddpm_fast[test]")
+
+
+@pytest.fixture(scope="module")
+def hf_unet(diffusers):
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    ).eval()
+
+
+@pytest.mark.parametrize("generators", ["one", "each"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_is_the_ddpm_pipeline(diffusers, hf_unet, variance, generators):
+    pipe = diffusers.DDPMPipeline(hf_unet, diffusers.DDPMScheduler(variance_type=variance))
+    pipe.set_progress_bar_config(disable=True)
+    compare_with_pipeline(pipe, generators, 20)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_is_the_ddim_pipeline(diffusers, hf_unet, eta):
+    pipe = diffusers.DDIMPipeline(hf_unet, diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    compare_with_pipeline(pipe, "one", 5, eta=eta)  # few: an untrained DDIM amplifies rounding
+
+
+def compare_with_pipeline(pipe, kind, num_steps, **options):
+    def generator():
+        if kind == "one":
+            return torch.Generator().manual_seed(3)
+        return [torch.Generator().manual_seed(k) for k in (3, 4)]
+
+    drawn_by_them, drawn_by_us = generator(), generator()
+    theirs = pipe(
+        batch_size=2,
+        generator=drawn_by_them,
+        num_inference_steps=num_steps,
+        output_type="np",
+        **options,
+    ).images
+    model, schedule, settings = checkpoint.load_diffusers(pipe)
+    sampler = Sampler(model, schedule, num_steps=num_steps, **settings, **options)
+    ours = sampler(2, noise="torch", generator=drawn_by_us)
+    images = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images - theirs).max() <= 1e-4
+    if kind == "one":  # as many draws, so that whatever is drawn next is the same too
+        assert torch.equal(drawn_by_us.get_state(), drawn_by_them.get_state())
+
+
+def test_to_uint8_is_the_pipelines(diffusers):
+    images = torch.linspace(-1.2, 1.2, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    unit = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    theirs = np.asarray(diffusers.DDPMPipeline.numpy_to_pil(unit)[0])
+    assert np.array_equal(to_uint8(images)[0].permute(1, 2, 0).numpy(), theirs)
+    assert np.array_equal(Sampler.to_uint8(images)[0].permute(1, 2, 0).numpy(), theirs)
+    with pytest.raises(TypeError, match="images must be a floating Tensor"):
+        to_uint8(torch.zeros(3, dtype=torch.uint8))
+
+
+# ---- what a call takes and gives ----
+
+
+def test_trajectory_walks_the_call():
+    sampler = Sampler(denoiser, SCHEDULE, num_steps=10)
+    walk = list(sampler.trajectory(2, every=4, shape=(3, 8, 8), seed=1))
+    assert [(i, t) for i, t, _, _ in walk] == [(3, 600), (7, 200), (9, 0)]
+    assert torch.equal(walk[-1][2], sampler(2, shape=(3, 8, 8), seed=1))
+    assert torch.equal(walk[-1][2], walk[-1][3])  # DDPM's last step returns x0
+    assert walk[0][2].data_ptr() != walk[1][2].data_ptr()
+    assert not torch.is_inference_mode_enabled()
+    for bad in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="every must be an int of at least 1"):
+            sampler.trajectory(2, every=bad, shape=(3, 8, 8))
+
+
+def test_callback_sees_and_may_change_each_step():
+    seen = []
+
+    def callback(i, t, x, x0):
+        seen.append((i, t, x.shape, x0.abs().max().item() <= 1))
+        if i == 4:
+            x.zero_()
+
+    sampler = Sampler(denoiser, SCHEDULE, num_steps=5)
+    x = sampler(2, shape=(3, 4, 4), callback=callback)
+    assert seen == [(i, t, (2, 3, 4, 4), True) for i, t in enumerate((800, 600, 400, 200, 0))]
+    assert not x.any()
+
+
+def test_x_T_is_taken_and_left_alone():
+    sampler = Sampler(denoiser, SCHEDULE, method="ddim", num_steps=5)
+    x_T = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    before = x_T.clone()
+    x = sampler(x_T=x_T)
+    assert x.shape == x_T.shape and torch.equal(x_T, before)
+    drawn = ops.counter_normal((2, 3, 8, 8), 0, 0, 0, stream="x_T")
+    assert torch.equal(sampler(2, x_T=drawn), sampler(2, shape=(3, 8, 8)))
+
+
+def test_result_is_an_ordinary_tensor(unet):
+    x = Sampler(unet, SCHEDULE, num_steps=2)(1)
+    weight = torch.ones(1, requires_grad=True)
+    (x * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_half_precision_keeps_a_float32_state(unet):
+    full = Sampler(unet, SCHEDULE, num_steps=10)(2)
+    seen = []
+
+    class Watched(torch.nn.Module):
+        sample_shape = (3, 8, 8)
+
+        def __init__(self):
+            super().__init__()
+            self.unet = copy.deepcopy(unet)
+
+        def forward(self, x, t):
+            seen.append(x.dtype)
+            return self.unet(x, t)
+
+    half = Sampler(Watched(), SCHEDULE, num_steps=10, dtype=torch.bfloat16)(2)
+    assert half.dtype == torch.float32 and set(seen) == {torch.bfloat16}
+    assert (half - full).abs().max() < 0.1
+    assert next(unet.parameters()).dtype == torch.float32
+
+
+def test_runs_in_eval_mode_and_restores(unet):
+    modes = []
+    model = torch.nn.Sequential()
+    model.forward = lambda x, t: modes.append(model.training) or denoiser(x, t)
+    model.train()
+    sampler = Sampler(model, SCHEDULE, num_steps=2)
+    sampler(1, shape=(3, 4, 4))
+    assert modes == [False, False] and model.training
+    walk = sampler.trajectory(1, shape=(3, 4, 4))
+    next(walk)
+    assert model.training
+
+
+def test_memory_does_not_grow_with_the_steps():
+    """A run keeps one x, and of its steps at most the output just made."""
+    made = []
+
+    def model(x, t):
+        made.append(weakref.ref(out := denoiser(x, t)))
+        assert sum(ref() is not None for ref in made) <= 2
+        return out
+
+    Sampler(model, SCHEDULE, num_steps=50)(1, shape=(3, 4, 4))
+    assert len(made) == 50
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "options,error,match",
+    [
+        ({"method": "euler"}, ValueError, "method='euler' is not known; allowed: ddpm, ddim, dpm_solver"),
+        ({"num_steps": 1001}, ValueError, "num_steps must be"),
+        ({"num_steps": 0}, ValueError, "num_steps must be"),
+        ({"num_steps": 2.5}, TypeError, "num_steps must be"),
+        ({"prediction": "noise"}, ValueError, "prediction must be one of"),
+        ({"spacing": "even"}, ValueError, "spacing must be"),
+        ({"variance": "small"}, ValueError, "variance must be one of"),
+        ({"method": "ddim", "eta": 1.5}, ValueError, r"eta must be in \[0, 1\]"),
+        ({"eta": 0.5}, ValueError, "eta=0.5 is an option of method 'ddim', not of 'ddpm'"),
+        ({"method": "ddim", "variance": "fixed_large"}, ValueError, "is an option of method 'ddpm'"),
+        ({"order": 1}, ValueError, "is an option of method 'dpm_solver'"),
+        ({"clip": 0}, ValueError, "clip must be None or a positive number"),
+        ({"clip": True}, ValueError, "clip must be None or a positive number"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be None or a floating dtype"),
+    ],
+)
+def test_bad_options_are_named(options, error, match):
+    with pytest.raises(error, match=match):
+        Sampler(denoiser, SCHEDULE, **options)
+
+
+def test_bad_model_and_schedule_are_named():
+    with pytest.raises(TypeError, match="model must be callable"):
+        Sampler(3, SCHEDULE)
+    with pytest.raises(TypeError, match="schedule must be a ddpm_fast Schedule"):
+        Sampler(denoiser, [0.1, 0.2])
+    zero = SCHEDULE.rescale_zero_terminal_snr()
+    with pytest.raises(ValueError, match="zero terminal SNR needs prediction 'v' or 'x0'"):
+        Sampler(denoiser, zero)
+    assert (
+        Sampler(denoiser, zero, num_steps=10, spacing="trailing", prediction="v")(1, shape=(3, 4, 4))
+        .isfinite()
+        .all()
+    )
+
+
+@pytest.mark.parametrize(
+    "call,error,match",
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be an int of at least 1, got 0"),
+        ({"batch_size": 2.0}, ValueError, "batch_size must be"),
+        ({"shape": None}, ValueError, "shape must be given"),
+        ({"shape": ()}, ValueError, "shape must be positive sizes"),
+        ({"shape": (3, 0, 4)}, ValueError, "shape must be positive sizes"),
+        ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
+        ({"seed": 0.5}, TypeError, "seed must be an int"),
+        ({"first_image": -1}, ValueError, "first_image must be"),
+        ({"noise": "philox"}, ValueError, "noise='philox' is not known; allowed: counter, torch"),
+        ({"generator": torch.Generator()}, ValueError, "generator is for noise='torch'"),
+        ({"noise": "torch", "first_image": 1}, ValueError, "first_image is for noise='counter'"),
+        ({"noise": "torch", "generator": [torch.Generator()] * 3}, ValueError, "generator must be one, or"),
+        ({"x_T": torch.zeros(3, 3, 4, 4)}, ValueError, r"x_T must have shape \(2, 3, 4, 4\)"),
+        ({"x_T": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, TypeError, "x_T must be a floating Tensor"),
+    ],
+)
+def test_bad_calls_are_named_before_any_work(call, error, match):
+    calls = []
+
+    def model(x, t):
+        calls.append(t)
+        return x
+
+    arguments = {"batch_size": 2, "shape": (3, 4, 4)} | call
+    with pytest.raises(error, match=match):
+        Sampler(model, SCHEDULE, num_steps=3)(**arguments)
+    assert not calls
+
+
+def test_bad_model_outputs_are_named():
+    def run(model):
+        Sampler(model, SCHEDULE, num_steps=2)(1, shape=(3, 4, 4))
+
+    with pytest.raises(TypeError, match="model must return a Tensor, got SimpleNamespace; wrap it"):
+        run(lambda x, t: types.SimpleNamespace(sample=x))
+    with pytest.raises(ValueError, match="out must have x's shape"):
+        run(lambda x, t: x[:, :2])
+    with pytest.raises(TypeError, match="out must be torch.float32"):
+        run(lambda x, t: x.double())
