@@ -19,26 +19,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ddpm_fast import ops
+from ddpm_fast import ops, steps
 from ddpm_fast.schedule import Schedule
 
 # (B, C, H): the activations that the CIFAR-10 and the 256 x 256 U-Nets of Ho et al. normalise.
-NORM_SHAPES = [
-    (b, c, h)
-    for b in (1, 8)
-    for c, h in (
-        (128, 32),
-        (256, 32),
-        (384, 32),
-        (128, 16),
-        (256, 16),
-        (384, 16),
-        (512, 16),
-        (256, 8),
-        (512, 8),
-    )
-    + ((256, 4), (512, 4))
-] + [(1, 128, 128), (1, 256, 64), (1, 512, 32)]
+WIDTHS = {32: (128, 256, 384), 16: (128, 256, 384, 512), 8: (256, 512), 4: (256, 512)}
+NORM_SHAPES = [(b, c, h) for b in (1, 8) for h, widths in WIDTHS.items() for c in widths]
+NORM_SHAPES += [(1, 128, 128), (1, 256, 64), (1, 512, 32)]
 IMAGE_SHAPES = [(1, 3, 32), (8, 3, 32), (64, 3, 32), (1, 3, 256)]
 
 Arms = dict[str, Callable[[], object]]
@@ -89,8 +76,6 @@ def step_arms(shape, drawn: bool) -> Arms:
         )
     ]
     ours = {"seed": torch.tensor(0), "image_index": torch.arange(b)} if drawn else {"noise": noise}
-    from ddpm_fast import steps
-
     table = steps.ddpm(schedule).tensor()
 
     def eager():  # OpenAI's p_sample, its tables on the device

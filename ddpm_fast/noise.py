@@ -16,8 +16,11 @@ class Noise(Protocol):
     def x_T(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """The start of a run: float32 ``shape`` (B, ...)."""
 
-    def for_step(self, x: Tensor, draws: bool) -> dict[str, Tensor | None]:
-        """The noise arguments of `ops.posterior_step_` at the next step; `draws` as in `StepTable.draws`."""
+    def counter(self) -> dict[str, Tensor]:
+        """What `ops.bind_step` draws a step's noise from, if the kernel does."""
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """A step's noise, like x; None where the kernel draws it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,11 @@ class CounterNoise:
     def x_T(self, shape: Sequence[int], device: torch.device) -> Tensor:
         return ops.counter_normal(shape, self.seed, self.image_index, 0, stream="x_T")
 
-    def for_step(self, x: Tensor, draws: bool) -> dict[str, Tensor | None]:
+    def counter(self) -> dict[str, Tensor]:
         return {"seed": self.seed, "image_index": self.image_index}
+
+    def draw(self, x: Tensor) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,11 @@ class TorchNoise:
     def x_T(self, shape: Sequence[int], device: torch.device) -> Tensor:
         return self._draw(tuple(shape), device)
 
-    def for_step(self, x: Tensor, draws: bool) -> dict[str, Tensor | None]:
-        return {"noise": self._draw(tuple(x.shape), x.device) if draws else None}
+    def counter(self) -> dict[str, Tensor]:
+        return {}
+
+    def draw(self, x: Tensor) -> Tensor:
+        return self._draw(tuple(x.shape), x.device)
 
     def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -245,10 +245,10 @@ class _Run:
 
     def __init__(self, sampler: Sampler, x: Tensor, noise: Noise, stores_x0: bool) -> None:
         table = sampler.table
-        self.model, self.dtype, self.clip = sampler.model, sampler.dtype, sampler.clip
+        self.model, self.dtype = sampler.model, sampler.dtype
         self.x, self.noise = x, noise
         self.x0 = torch.empty_like(x) if stores_x0 or table.uses_x0_prev else None
-        self.table = table.tensor(x.device)
+        self.move = ops.bind_step(x, table, x0=self.x0, clip=sampler.clip, **noise.counter())
         self.indices = torch.arange(len(table), device=x.device).unbind()
         self.times = table.timesteps_tensor(x.device)[:, None].repeat(1, len(x)).unbind()
         self.draws = table.draws.tolist()
@@ -261,8 +261,7 @@ class _Run:
                 f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "
                 "lambda x, t: model(x, t).sample"
             )
-        noise = self.noise.for_step(self.x, self.draws[i])
-        ops.posterior_step_(self.x, out, self.table, self.indices[i], x0=self.x0, clip=self.clip, **noise)
+        self.move(out, self.indices[i], self.noise.draw(self.x) if self.draws[i] else None)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 real handwritten digits, 8 x 8, in [-1, 1]: four fifths to train on, the rest held out."""
+"""scikit-learn's 1,797 real handwritten digits, 8 x 8, in [-1, 1]: four fifths to train on, one held out."""
 
 from __future__ import annotations
 

@@ -2,12 +2,11 @@
 
     python examples/evaluate_digits.py [--checkpoint DIR] [--n 2000] [--picture samples.png]
 
-For every method: the share of digits to which a classifier, trained on the real ones, gives at least 0.9, the
-class histogram, and the Frechet distance to the training images in the space of their 24 principal components.
-The held-out real digits stand beside them, and a sample of as many generated ones as those are, since the
-distance is biased by the number of images. The last column is the share of generated digits that are nearer to
-a training image than to any other generated one would be by chance: the median distance to the nearest training
-image, relative to that of held-out digits (well below 1 would mean copies).
+For every method: the share of digits to which a classifier, trained on real ones, gives at least 0.9; the
+class histogram; the Frechet distance to the training images in the space of their 24 principal components,
+also of no more images than are held out, since it is biased by their number; and the median distance to the
+nearest training image, relative to that of the held-out digits (well below 1 would mean copies). The held-out
+real digits stand beside them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def flat(images: Tensor) -> np.ndarray:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance between Gaussians fitted to the rows of a and b (Heusel et al. 2017, eq. 6)."""
+    """Squared Frechet distance of Gaussians fitted to the rows of a and b (Heusel et al. 2017, eq. 6)."""
     mean, cov_a, cov_b = a.mean(0) - b.mean(0), np.cov(a.T), np.cov(b.T)
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
     return float(mean @ mean + np.trace(cov_a + cov_b - 2 * root))

@@ -211,7 +211,6 @@ DPM_SOLVER = {
     "prediction": "epsilon",
     "clip": None,
     "spacing": "linspace",
-    "steps_offset": 0,
 }
 
 
@@ -230,9 +229,10 @@ DPM_SOLVER = {
         ("DDIMScheduler", {"prediction_type": "v_prediction"}, DDIM | {"prediction": "v"}),
         (
             "DDIMScheduler",
-            {"timestep_spacing": "trailing", "steps_offset": 1},
-            DDIM | {"spacing": "trailing", "steps_offset": 1},
+            {"timestep_spacing": "trailing", "steps_offset": 1},  # which "trailing" does not read
+            {"method": "ddim", "prediction": "epsilon", "clip": 1.0, "spacing": "trailing"},
         ),
+        ("DDIMScheduler", {"steps_offset": 1}, DDIM | {"steps_offset": 1}),
         (
             "DDIMScheduler",
             {"set_alpha_to_one": False},
@@ -243,7 +243,7 @@ DPM_SOLVER = {
         (
             "DPMSolverMultistepScheduler",
             {"timestep_spacing": "leading", "lower_order_final": False, "euler_at_final": True},
-            DPM_SOLVER | {"spacing": "leading"},
+            DPM_SOLVER | {"spacing": "leading", "steps_offset": 0},
         ),
     ],
 )

@@ -3,12 +3,13 @@
 from ._checks import as_image_index, as_seed
 from .counter_normal import counter_normal, philox4x32_10
 from .group_norm_silu import group_norm_silu
-from .posterior_step import posterior_step, posterior_step_
+from .posterior_step import bind_step, posterior_step, posterior_step_
 from .q_sample import q_sample, q_sample_counter
 
 __all__ = [
     "as_image_index",
     "as_seed",
+    "bind_step",
     "counter_normal",
     "group_norm_silu",
     "philox4x32_10",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from ._checks import (
     describe,
 )
 from ._dispatch import choose, define
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def posterior_step(
@@ -103,59 +106,110 @@ def posterior_step_(
     Raises:
         As `posterior_step`.
     """
+    step = bind_step(x, table, seed=seed, image_index=image_index, x0=x0, clip=clip, backend=backend)
+    if noise is not None:
+        if seed is not None:
+            raise ValueError("give noise or seed, not both")
+        check_like("noise", noise, x, "x")
+    step(out, as_index("i", i, x.shape[0], x.device), noise)
+    return x
+
+
+def bind_step(
+    x: Tensor,
+    table: Table,
+    *,
+    seed: int | Tensor | None = None,
+    image_index: int | Tensor | None = None,
+    x0: Tensor | None = None,
+    clip: float | Tensor | None = 1.0,
+    backend: str | None = None,
+) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    """`posterior_step_` for a loop: all but ``out``, ``i`` and ``noise`` is given, and checked, once.
+
+    Returns ``step(out, i, noise)``, which moves ``x`` (and ``x0``) on; ``i`` is an int64 tensor and ``noise``
+    like ``x`` or None, neither checked again.
+
+    Raises:
+        As `posterior_step`; the returned function for an ``out`` that does not fit.
+    """
+    check_floating("x", x, 2)
     for name, value in (("x", x), ("x0", x0)):
         if value is not None and not value.is_contiguous():
             raise ValueError(f"{name} must be contiguous to be written in place")
-    *args, clip, clip_each = _arguments(x, out, table, i, noise, seed, image_index, x0, clip)
+    if x0 is not None:
+        check_like("x0", x0, x, "x")
+    table = as_table(table, x, (7, 9))
+    seed, image_index = _as_counter(seed, image_index, x)
+    clip, clip_each = _as_clip(clip, x)
     if choose("posterior_step", backend, x) == "reference":
-        with torch.no_grad():
-            _reference_(*args, clip, clip_each)
+        run = torch.no_grad()(_reference_)
     else:
-        torch.ops.ddpm_fast.posterior_step_(*args, clip, clip_each)
-    return x
+        run = torch.ops.ddpm_fast.posterior_step_.default
+
+    def step(out: Tensor, i: Tensor, noise: Tensor | None) -> None:
+        _check_out(x, out, table)
+        run(x, out, table, i, noise, seed, image_index, x0, clip, clip_each)
+
+    return step
 
 
 def _arguments(x, out, table, i, noise, seed, image_index, x0_prev, clip):
     """The checked arguments of the registered op, in its order."""
     check_floating("x", x, 2)
-    check_floating("out", out, 2)
-    channels = x.shape[1]
-    doubled = (x.shape[0], 2 * channels, *x.shape[2:])
-    if (out.shape != x.shape and out.shape != doubled) or out.device != x.device:
-        raise ValueError(
-            f"out must have x's shape {tuple(x.shape)}, or twice its {channels} channels, on {x.device}; "
-            f"got {describe(out)}"
-        )
-    if out.dtype != x.dtype and not (x.dtype == torch.float32 and out.dtype != torch.float64):
-        raise TypeError(f"out must be {x.dtype} like x, or a half type beside a float32 x; got {out.dtype}")
     table = as_table(table, x, (7, 9))
-    if table.shape[1] == 9 and out.shape != doubled:
-        raise ValueError(
-            f"a table with a learned range needs out with {2 * channels} channels, got {out.shape[1]}"
-        )
+    _check_out(x, out, table)
     i = as_index("i", i, x.shape[0], x.device)
     if noise is not None and seed is not None:
         raise ValueError("give noise or seed, not both")
-    if (seed is None) != (image_index is None):
-        raise ValueError("seed and image_index go together: give both or neither")
     for name, value in (("noise", noise), ("x0_prev", x0_prev)):
         if value is not None:
             check_like(name, value, x, "x")
-    if seed is not None:
-        seed = as_seed(seed, x.shape[0], x.device)
-        image_index = as_image_index(image_index, x.shape[0], x.device)
-    clip_each = None
+    return x, out, table, i, noise, *_as_counter(seed, image_index, x), x0_prev, *_as_clip(clip, x)
+
+
+def _check_out(x: Tensor, out: Tensor, table: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a Tensor, got {type(out).__name__}")
+    if out.shape != x.shape or table.shape[1] == 9:
+        channels = x.shape[1]
+        doubled = out.shape == (x.shape[0], 2 * channels, *x.shape[2:])
+        if not doubled and out.shape != x.shape:
+            raise ValueError(
+                f"out must have x's shape {tuple(x.shape)}, or twice its {channels} channels; "
+                f"got {describe(out)}"
+            )
+        if not doubled:
+            raise ValueError(
+                f"a table with a learned range needs out with {2 * channels} channels, got {out.shape[1]}"
+            )
+    if out.dtype != x.dtype and not (x.dtype == torch.float32 and out.dtype in HALVES):
+        raise TypeError(f"out must be {x.dtype} like x, or a half type beside a float32 x; got {out.dtype}")
+    if out.device != x.device:
+        raise ValueError(f"out must be on {x.device} like x, got {describe(out)}")
+
+
+def _as_counter(seed, image_index, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if (seed is None) != (image_index is None):
+        raise ValueError("seed and image_index go together: give both or neither")
+    if seed is None:
+        return None, None
+    return as_seed(seed, x.shape[0], x.device), as_image_index(image_index, x.shape[0], x.device)
+
+
+def _as_clip(clip, x: Tensor) -> tuple[float, Tensor | None]:
+    """The bound for all samples, and that of each."""
     if isinstance(clip, Tensor):
         if clip.shape != (x.shape[0],) or clip.dtype != torch.float32 or clip.device != x.device:
             raise ValueError(
                 f"clip must be None, a number or ({x.shape[0]},) float32 on {x.device}; got {describe(clip)}"
             )
-        clip, clip_each = math.inf, clip
-    elif clip is None:
-        clip = math.inf
-    elif isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
+        return math.inf, clip
+    if clip is None:
+        return math.inf, None
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
         raise ValueError(f"clip must be None, a positive number or a (B,) float32 Tensor, got {clip!r}")
-    return x, out, table, i, noise, seed, image_index, x0_prev, float(clip), clip_each
+    return float(clip), None
 
 
 def _reference(x, out, table, i, noise, seed, image_index, x0_prev, clip, clip_each):
