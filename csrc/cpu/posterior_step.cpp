@@ -133,8 +133,17 @@ void step_into(
   check(
       !clip_each || (clip_each->scalar_type() == ScalarType::Float && clip_each->numel() == x.size(0)),
       "clip must be (B,) float32");
-  Step step{as_contiguous(x), as_contiguous(out), as_contiguous(table), i,         noise,
-            seed,          image_index,     x0_prev,           clip_each, clip};
+  Step step{
+      as_contiguous(x),
+      as_contiguous(out),
+      as_contiguous(table),
+      i,
+      noise,
+      seed,
+      image_index,
+      x0_prev,
+      clip_each,
+      clip};
   if (noise) step.noise = contiguous_like("noise", *noise, x);
   if (x0_prev) step.x0_prev = contiguous_like("x0_prev", *x0_prev, x);
   if (clip_each) step.clip_each = as_contiguous(*clip_each);

@@ -60,15 +60,15 @@ def group_norm_silu(
     if x.numel() == 0:
         raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
     if weight is not None:
-        check_channels("weight", weight, (channels,), x)
+        _check_channels("weight", weight, (channels,), x)
     if bias is not None:
-        check_channels("bias", bias, (channels,), x)
+        _check_channels("bias", bias, (channels,), x)
     if add is not None:
-        check_channels("add", add, (batch, channels), x)
+        _check_channels("add", add, (batch, channels), x)
     if scale is not None:
-        check_channels("scale", scale, (batch, channels), x)
+        _check_channels("scale", scale, (batch, channels), x)
     if shift is not None:
-        check_channels("shift", shift, (batch, channels), x)
+        _check_channels("shift", shift, (batch, channels), x)
     if act not in ("silu", "none"):
         raise ValueError(f"act={act!r} is not known; allowed: silu, none")
     if not eps >= 0:
@@ -78,7 +78,7 @@ def group_norm_silu(
     return run(x, num_groups, weight, bias, eps, add, scale, shift, act == "silu")
 
 
-def check_channels(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_channels(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     check_floating(name, values, 1)
     if values.shape != shape or values.device != x.device:
         raise ValueError(f"{name} must have shape {shape} on {x.device}, got {describe(values)}")
