@@ -24,6 +24,12 @@ FEW_STEPS = {"ddim": 50, "dpm_solver": 20}
 """num_steps where it is not given, and T is not fewer; ddpm takes all T."""
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 in [0, 255], any shape, rounded as diffusers rounds (half to even)."""
+    _check_floating("images", images)
+    return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 class Sampler:
     """Draws images (or points, or anything of a fixed shape) from a denoising diffusion model.
 
@@ -83,8 +89,8 @@ class Sampler:
             isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
         ):
             raise ValueError(f"clip must be None or a positive number, got {clip!r}")
-        if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"dtype must be None or a floating dtype, got {dtype}")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
         options = {"prediction": prediction, "steps_offset": steps_offset}
         if spacing is not None:
             options["spacing"] = spacing
@@ -108,7 +114,7 @@ class Sampler:
             model = copy.deepcopy(model).to(dtype)
         self.model = model
 
-    to_uint8 = staticmethod(lambda images: to_uint8(images))
+    to_uint8 = staticmethod(to_uint8)
 
     def __call__(
         self,
@@ -192,10 +198,7 @@ class Sampler:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
         if x_T is not None:
-            if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
-                raise TypeError(
-                    f"x_T must be a floating Tensor, got {getattr(x_T, 'dtype', type(x_T).__name__)}"
-                )
+            _check_floating("x_T", x_T)
             shape = tuple(x_T.shape[1:]) if shape is None else tuple(shape)
             if tuple(x_T.shape) != (batch_size, *shape):
                 raise ValueError(f"x_T must have shape {(batch_size, *shape)}, got {tuple(x_T.shape)}")
@@ -232,11 +235,10 @@ class Sampler:
         else:
             raise ValueError(f"noise={noise!r} is not known; allowed: counter, torch")
 
-        x = (
-            source.x_T(shape, device)
-            if x_T is None
-            else x_T.to(device, torch.float32, copy=True).contiguous()
-        )
+        if x_T is None:
+            x = source.x_T(shape, device)
+        else:
+            x = x_T.detach().to(device, torch.float32, copy=True).contiguous()
         return _Run(self, x, source, stores_x0)
 
 
@@ -266,15 +268,21 @@ class _Run:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """A module in eval mode, as it was afterwards."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
+    """A module in eval mode; each of its parts as it was afterwards."""
+    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for part in training:
+            part.training = True
+
+
+def _check_floating(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating Tensor, got {given}")
 
 
 def _device(model: Any, x_T: Tensor | None) -> torch.device:
@@ -282,12 +290,3 @@ def _device(model: Any, x_T: Tensor | None) -> torch.device:
     if parameter is not None:
         return parameter.device
     return torch.device("cpu") if x_T is None else x_T.device
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8 in [0, 255], any shape, rounded as diffusers rounds (half to even)."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise TypeError(
-            f"images must be a floating Tensor, got {getattr(images, 'dtype', type(images).__name__)}"
-        )
-    return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
