@@ -1,4 +1,4 @@
-"""The fastest correct way to sample and train denoising diffusion models in PyTorch."""
+"""Fast, exact sampling of denoising diffusion models in PyTorch: fused kernels and one loop."""
 
 from . import checkpoint, ops, steps
 from .info import info

@@ -114,8 +114,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[UNet, Schedule, dict[str, Any]
     config = _read_json(file)
     if config.get("version") != _VERSION:
         raise ValueError(f"{file}: version is {config.get('version')!r}, this ddpm_fast reads {_VERSION}")
-    if lacking := {"unet", "settings"} - config.keys():
-        raise ValueError(f"{file} lacks {sorted(lacking)}")
+    for name in ("unet", "settings"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{file}: {name} must be an object, got {config.get(name)!r}")
     file = folder / "model.safetensors"
     tensors = _read_tensors(file)
     if lacking := {f"schedule.{name}" for name in _ARRAYS} - tensors.keys():
@@ -443,7 +444,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file} is refused: it holds more than tensors and would need weights_only=False, which runs "
             f"code from the file. If you trust it, convert it to safetensors."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, struct.error) as error:
+    except (SafetensorError, RuntimeError, EOFError, struct.error, LookupError, ValueError) as error:
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
     if not (isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())):
         raise ValueError(f"{file} must hold a dict of tensors by name and nothing else")

@@ -47,7 +47,7 @@ def sample(
 ) -> None:
     """Sample images and write them; says where, and how fast."""
     if form is None:
-        form = "png-grid" if out is None else SUFFIXES.get(out.suffix)
+        form = "png-grid" if out is None else SUFFIXES.get(out.suffix.lower())
         if form is None:
             raise ValueError(f"--out {out} does not say its format: end it in .png or .npz, or give --format")
     if form not in pictures.FORMATS:
@@ -59,7 +59,8 @@ def sample(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     model, schedule, settings = checkpoint.load(folder)
-    sampler = Sampler(model.to(device), schedule, num_steps=steps, **_settings(settings, method))
+    settings = _settings(settings, method) | ({} if steps is None else {"num_steps": steps})
+    sampler = Sampler(model.to(device), schedule, **settings)
     pictures.check_channels(model.sample_shape[0], form)
     pictures.check_writable(out, form)
 
@@ -70,7 +71,7 @@ def sample(
         x = sampler(size, seed=seed, first_image=first_image + first, progress=True)
         images.append(to_uint8(x).cpu())
     seconds = time.perf_counter() - start
-    pictures.write(torch.cat(images), out, form)
+    pictures.write(torch.cat(images), out, form, first_image)
     kind = f"{sampler.table.method}, {len(sampler.table)} steps, {device}"
     typer.echo(f"{out}: {n} images in {seconds:.2f} s, {n / seconds:.1f} images/s ({kind})")
 
@@ -88,14 +89,14 @@ def info() -> None:
 
 def _settings(settings: dict[str, Any], method: str | None) -> dict[str, Any]:
     """The checkpoint's settings for a method: all for its own, for another what belongs to the model."""
-    if method is None or method == settings.get("method"):
+    if method is None or method == settings.get("method", "ddpm"):
         return settings
-    return {k: settings[k] for k in ("prediction", "clip") if k in settings} | {"method": method}
+    return {k: settings[k] for k in ("prediction", "clip", "variance") if k in settings} | {"method": method}
 
 
 def main() -> None:
     """Entry point: a mistake of the user's is one line on stderr and exit status 1, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

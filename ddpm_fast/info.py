@@ -40,12 +40,18 @@ def info() -> dict[str, Any]:
 
 def _backend(op: str, device: str) -> str:
     forced, dtype = _dispatch.FORCED_BACKEND, torch.float32
+    if forced is not None and forced not in _dispatch.BACKENDS:
+        return f"none: DDPM_FAST_BACKEND={forced!r} is not known"
     if forced is not None:
         reason = _dispatch.why_not(op, forced, device, dtype)
         return f"{forced} (DDPM_FAST_BACKEND)" + (f", which cannot run: {reason}" if reason else "")
     chosen = _dispatch.FASTEST.get((op, device, dtype), "reference")
-    reason = _dispatch.why_not(op, "native", device, dtype)
-    return f"{chosen} ({'the fastest measured here' if reason is None else reason})"
+    why = {
+        "native": "the fastest in benchmarks/bench_ops.py",
+        "triton": "moves the fewest bytes; its time is not measured",
+        "reference": _dispatch.why_not(op, "native", device, dtype),
+    }
+    return f"{chosen} ({why[chosen]})"
 
 
 def _cpu_kernels() -> str:

@@ -42,17 +42,18 @@ def check_channels(channels: int, form: str) -> None:
         raise ValueError(f"a PNG has 1, 3 or 4 channels, not {channels}: use format 'npz'")
 
 
-def write(images: Tensor, out: Path, form: str) -> None:
+def write(images: Tensor, out: Path, form: str, first: int = 0) -> None:
     """Write uint8 ``(N, C, H, W)``.
 
-    "png-grid" is one picture, small images enlarged without smoothing; "png-dir" 000000.png, ... as they are;
+    "png-grid" is one picture, small images enlarged without smoothing; "png-dir" a picture each as it is,
+    named by its index from ``first`` on, as 000000.png;
     "npz" ``arr_0`` uint8 (N, H, W, C), as OpenAI's image_sample.py writes it.
     """
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     if form == "npz":
         _replace(out, lambda file: np.savez(file, pixels))
     elif form == "png-dir":
-        for k, image in enumerate(pixels):
+        for k, image in enumerate(pixels, first):
             _replace(out / f"{k:06}.png", lambda file, image=image: picture(image).save(file, "PNG"))
     else:
         _replace(out, lambda file: picture(grid(pixels)).save(file, "PNG"))

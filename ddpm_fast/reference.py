@@ -66,8 +66,9 @@ def posterior_step(
         x_next = x_from_x0 x0 + x_from_x x + x_from_out out + x_from_x0_prev x0_prev + x_from_noise noise
 
     With a learned range (nine columns, Nichol & Dhariwal 2021, eq. 15) the second half of ``out``'s channels
-    interpolates the log-variance, and the noise is scaled by its square root too. An operand whose
-    coefficient is zero is not used, so it may hold anything; one that is needed and missing gives NaN.
+    interpolates the log-variance, and the noise is scaled by its square root too. In ``x_next``, an ``out``,
+    ``x0_prev`` or ``noise`` whose coefficient is zero is not used, so it may hold anything; one that is
+    needed and missing gives NaN.
     """
     dtype = compute_dtype(x.dtype)
     row = rows(table, i, dtype)
@@ -77,7 +78,8 @@ def posterior_step(
         if table.shape[1] == 9:
             min_log, max_log = (per_sample(row[..., k], x) for k in (7, 8))
             frac = (v.to(dtype) + 1) / 2
-            s = s * torch.exp(0.5 * (frac * max_log + (1 - frac) * min_log))
+            scale = torch.exp(0.5 * (frac * max_log + (1 - frac) * min_log))
+            s = torch.where(s != 0, s * scale, 0.0)
     if seed is not None and noise is None:
         noise = counter_normal(x.shape, seed, image_index, i, STREAM_STEP)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import ops, steps
 from .noise import CounterNoise, Noise, TorchNoise
-from .schedule import Schedule
+from .schedule import Schedule, check_int
 from .steps import StepTable
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -21,7 +21,7 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 
 METHODS = {"ddpm": steps.ddpm, "ddim": steps.ddim, "dpm_solver": steps.dpm_solver}
 FEW_STEPS = {"ddim": 50, "dpm_solver": 20}
-"""num_steps where it is not given, and T is not fewer; ddpm takes all T."""
+"""num_steps where it is not given, and T allows it; ddpm takes all T."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -47,14 +47,15 @@ class Sampler:
         method: "ddpm" (Ho et al. 2020), "ddim" (Song et al. 2021) or "dpm_solver" (DPM-Solver++(2M), Lu et
             al. 2022).
         num_steps: model calls of a run. None: T for ddpm, at most 50 for ddim, at most 20 for dpm_solver.
-        spacing, prediction, steps_offset: see `steps.ddpm`; None is the method's own default ("leading", and
-            "linspace" for dpm_solver; "epsilon"; 0).
-        variance: of ddpm only: "fixed_small" (None), "fixed_large", "learned_range".
+        spacing: see `steps.ddpm`; None is the method's own: "linspace" for dpm_solver, else "leading".
+        prediction, steps_offset: see `steps.ddpm`.
+        variance: "fixed_small" (None), "fixed_large" or "learned_range": part of how a model is published, so
+            every method takes it, though only ddpm draws noise by it.
         eta, use_clipped_out, final_alpha_cumprod: of ddim only, see `steps.ddim`.
         order: of dpm_solver only, 2 (None) or 1.
         clip: bound of the absolute value of x0, a number or None.
-        dtype: what the model runs in, None for as it is. The model is copied, so a later change of its
-            weights does not show here; x stays float32.
+        dtype: what the model runs in; x stays float32. A module is copied, so a later change of its weights
+            does not show here. None: as it is, in the dtype of a module's first parameter if that is a half.
 
     Attributes:
         table: the `StepTable` of the run.
@@ -83,7 +84,7 @@ class Sampler:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
         if clip is not None and (
             isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
@@ -102,16 +103,23 @@ class Sampler:
             ("order", order, None, "dpm_solver"),
         ):
             if value != default:
+                if name == "variance" and value in steps.VARIANCES and owner != method:
+                    continue
                 if owner != method:
                     raise ValueError(f"{name}={value!r} is an option of method {owner!r}, not of {method!r}")
                 options[name] = value
-        if num_steps is None and spacing in (None, *steps.SPACINGS) and method in FEW_STEPS:
-            num_steps = min(FEW_STEPS[method], max(1, len(schedule) - 1))
+        counted = spacing is None or (isinstance(spacing, str) and spacing in steps.SPACINGS)
+        if num_steps is None and counted and isinstance(schedule, Schedule):
+            most = len(schedule) - (method == "dpm_solver")  # whose spacings lay out one point more
+            num_steps = max(1, min(FEW_STEPS.get(method, most), most))
         self.table: StepTable = METHODS[method](schedule, num_steps, **options)
         self.clip = None if clip is None else float(clip)
+        if isinstance(model, nn.Module):
+            if dtype is not None:
+                model = copy.deepcopy(model).to(dtype)
+            elif (parameter := next(model.parameters(), None)) is not None:
+                dtype = parameter.dtype if parameter.dtype in (torch.bfloat16, torch.float16) else None
         self.dtype = dtype
-        if dtype is not None and isinstance(model, nn.Module):
-            model = copy.deepcopy(model).to(dtype)
         self.model = model
 
     to_uint8 = staticmethod(to_uint8)
@@ -150,7 +158,7 @@ class Sampler:
                 a model whose output does not fit.
         """
         run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, callback is not None)
-        with _evaluating(self.model), torch.inference_mode():
+        with _evaluating(self.model), torch.no_grad():
             for i in tqdm(range(len(self.table)), disable=not progress, desc=self.table.method, unit="step"):
                 run.step(i)
                 if callback is not None:
@@ -183,7 +191,7 @@ class Sampler:
         def walk() -> Iterator[tuple[int, int, Tensor, Tensor]]:
             last = len(self.table) - 1
             for i in range(last + 1):
-                with _evaluating(self.model), torch.inference_mode():
+                with _evaluating(self.model), torch.no_grad():
                     run.step(i)
                 if (i + 1) % every == 0 or i == last:
                     yield i, int(self.table.timesteps[i]), run.x.clone(), run.x0.clone()
@@ -193,12 +201,21 @@ class Sampler:
     def _start(self, batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0) -> _Run:
         """The checked arguments of a call as a run that stands before its first step."""
         several = isinstance(generator, Sequence)
-        if batch_size is None:
-            batch_size = len(x_T) if x_T is not None else len(generator) if several else 1
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+        for one in generator if several else (generator,):
+            if one is not None and not isinstance(one, torch.Generator):
+                raise TypeError(f"generator must be a torch.Generator or a list, got {type(one).__name__}")
         if x_T is not None:
             _check_floating("x_T", x_T)
+            if x_T.dim() < 2:
+                raise ValueError(f"x_T must have at least two dimensions, got shape {tuple(x_T.shape)}")
+        if batch_size is None:
+            batch_size = len(x_T) if x_T is not None else len(generator) if several else 1
+        batch_size = check_int("batch_size", batch_size, 1)
+        if shape is not None:
+            if not isinstance(shape, Sequence):
+                raise TypeError(f"shape must be a sequence without the batch, as (C, H, W), got {shape!r}")
+            shape = tuple(check_int(f"shape[{k}]", size, 1) for k, size in enumerate(shape))
+        if x_T is not None:
             shape = tuple(x_T.shape[1:]) if shape is None else tuple(shape)
             if tuple(x_T.shape) != (batch_size, *shape):
                 raise ValueError(f"x_T must have shape {(batch_size, *shape)}, got {tuple(x_T.shape)}")
@@ -209,16 +226,15 @@ class Sampler:
                     "shape must be given, as (C, H, W): the model has no sample_shape to take it from"
                 )
         shape = (batch_size, *shape)
-        if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ValueError(f"shape must be positive sizes without the batch, as (C, H, W), got {shape[1:]}")
+        if len(shape) < 2:
+            raise ValueError("shape must have at least one dimension besides the batch, got ()")
         device = _device(self.model, x_T)
 
         source: Noise
         if noise == "counter":
             if generator is not None:
                 raise ValueError("generator is for noise='torch'; noise='counter' takes seed and first_image")
-            if not isinstance(first_image, int) or first_image < 0:
-                raise ValueError(f"first_image must be an int of at least 0, got {first_image!r}")
+            first_image = check_int("first_image", first_image, 0, 2**62)
             source = CounterNoise(
                 ops.as_seed(seed, batch_size, device), ops.as_image_index(first_image, batch_size, device)
             )
@@ -230,7 +246,7 @@ class Sampler:
                     f"generator must be one, or {batch_size}, one an image; got {len(generator)}"
                 )
             if generator is None:
-                generator = torch.Generator().manual_seed(seed)
+                generator = torch.Generator().manual_seed(check_int("seed", seed, -(2**63), 2**64 - 1))
             source = TorchNoise(generator, self.dtype or torch.float32)
         else:
             raise ValueError(f"noise={noise!r} is not known; allowed: counter, torch")
@@ -252,7 +268,7 @@ class _Run:
         self.x0 = torch.empty_like(x) if stores_x0 or table.uses_x0_prev else None
         self.move = ops.bind_step(x, table, x0=self.x0, clip=sampler.clip, **noise.counter())
         self.indices = torch.arange(len(table), device=x.device).unbind()
-        self.times = table.timesteps_tensor(x.device)[:, None].repeat(1, len(x)).unbind()
+        self.times = table.timesteps_tensor(x.device)[:, None].expand(-1, len(x)).unbind()
         self.draws = table.draws.tolist()
 
     def step(self, i: int) -> None:

@@ -70,7 +70,10 @@ def cached_tensor(
     key = (device, dtype)
     if key not in cache:
         with torch.inference_mode(False):  # an inference tensor kept here would break a later backward pass
-            cache[key] = torch.tensor(array, dtype=dtype, device=device)
+            tensor = torch.tensor(array, dtype=dtype, device=device)
+        if type(tensor) is not torch.Tensor:  # a fake one, of a trace, must not outlive it
+            return tensor
+        cache[key] = tensor
     return cache[key]
 
 

@@ -328,7 +328,7 @@ def dpm_solver(
 
     Args:
         order: 1, which is DDIM with eta 0, or 2.
-        num_steps: N; "linspace" and "leading" allow at most T - 1, so None (T) is for the other spacings.
+        num_steps: N; "linspace" and "leading" allow at most T - 1, which is what None is there.
         spacing: as in `ddpm`, but "leading" and "linspace" mean what *this* scheduler of diffusers does: lay
             out N + 1 points and drop the last, so that the last network call is well above t = 0.
         schedule, prediction, steps_offset: see `ddpm`.
@@ -539,9 +539,9 @@ def _timesteps(T: int, num_steps: Any, spacing: Any, steps_offset: Any, drop_las
     elif spacing in SPACINGS:
         if steps_offset and spacing != "leading":
             raise ValueError(f"steps_offset is for 'leading' spacing, got {steps_offset} with {spacing!r}")
-        num_steps = T if num_steps is None else num_steps
         if spacing == "trailing":
-            return trailing(T, num_steps)
+            return trailing(T, T if num_steps is None else num_steps)
+        num_steps = max(1, T - drop_last) if num_steps is None else num_steps
         points = num_steps + drop_last
         if points > T:
             raise ValueError(

@@ -115,6 +115,12 @@ class UNetConfig:
         allowed = f"None, a positive multiple of {factor}, or two (each level below the first halves them)"
         require(self.sample_size is None or ok, "sample_size", allowed)
 
+        for name in ("freq_shift", "norm_eps", "mid_block_scale_factor", "dropout"):
+            value = getattr(self, name)
+            require(isinstance(value, (int, float)) and not isinstance(value, bool), name, "a number")
+        for name in ("mid_attention", "flip_sin_to_cos", "center_input_sample"):
+            require(isinstance(getattr(self, name), bool), name, "True or False")
+
         half = channels[0] // 2
         require(self.freq_shift < half, "freq_shift", f"less than {half}, half of block_out_channels[0]")
         require(self.norm_eps > 0, "norm_eps", "a positive number")

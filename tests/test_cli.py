@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import Schedule, UNet, UNetConfig, checkpoint, cli, pictures
+from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, cli, pictures
+from ddpm_fast.steps import ddpm
 
 
 def run(*args, cwd):
@@ -77,11 +78,36 @@ def test_image_k_does_not_depend_on_the_run(monkeypatch, tmp_path, tiny):
     assert np.abs(images("--n", 7, "--seed", 5, "--batch", 3) - whole).max() <= 1
     assert np.abs(images("--n", 2, "--seed", 5, "--first-image", 4) - whole[4:6]).max() <= 1
     assert np.abs(images("--n", 7, "--seed", 6) - whole).max() > 10
+    common = ("sample", "--checkpoint", tiny, "--seed", 5, "--out", tmp_path / "d")
+    assert call(monkeypatch, *common, "--n", 4) == 0
+    assert call(monkeypatch, *common, "--n", 3, "--first-image", 4) == 0
+    files = sorted((tmp_path / "d").iterdir())  # a run in two parts fills one folder
+    assert [f.name for f in files] == [f"{k:06}.png" for k in range(7)]
+    pixels = np.stack([np.asarray(Image.open(f)) for f in files]).astype(int)
+    assert np.abs(pixels - whole).max() <= 1
+
+
+def test_saved_settings_are_kept(monkeypatch, tmp_path, tiny):
+    model, schedule, _ = checkpoint.load(tiny)
+    checkpoint.save(tmp_path / "m", model.half(), schedule, {"num_steps": 7, "variance": "fixed_large"})
+    for args, steps in (((), 7), (("--steps", 3), 3), (("--method", "ddpm"), 7)):
+        made = []
+
+        def keep(*given, made=made, **options):
+            made.append(Sampler(*given, **options))
+            return made[0]
+
+        monkeypatch.setattr(cli, "Sampler", keep)
+        out = ("--out", tmp_path / "a.npz")
+        assert call(monkeypatch, "sample", "--checkpoint", tmp_path / "m", "--n", 1, *args, *out) == 0
+        expected = ddpm(schedule, steps, variance="fixed_large")
+        assert np.array_equal(made[0].table.rows, expected.rows)
 
 
 @pytest.mark.parametrize(
     "args,words",
     [
+        (("--device", "foo"), "foo"),
         (("--n", 0), "--n must be at least 1, got 0"),
         (("--batch", 0), "--batch must be at least 1"),
         (("--first-image", -1), "--first-image must be at least 0"),

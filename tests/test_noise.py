@@ -7,6 +7,7 @@ import torch
 from op_cases import CASES, cast
 
 from ddpm_fast import ops, reference
+from ddpm_fast.ops import _dispatch
 
 # Random123, tests/kat_vectors, philox4x32 10
 KNOWN = [
@@ -57,12 +58,14 @@ def test_matches_the_reference(shape, seed, backend, poisoned):
 
 
 def test_every_lane_of_many_agrees_to_1e_6(backend):
-    """A million draws: the tails of the radius and every quadrant of the angle."""
-    images = torch.arange(256)
-    expected = reference.counter_normal((256, 4096), torch.tensor(9), images, torch.tensor(4))
-    got = ops.counter_normal((256, 4096), 9, images, 4, backend=backend)
+    """A million draws (of the interpreter a few): the radius's tails and every quadrant of the angle."""
+    count = 16 if backend == "triton" else 256
+    images = torch.arange(count)
+    expected = reference.counter_normal((count, 4096), torch.tensor(9), images, torch.tensor(4))
+    got = ops.counter_normal((count, 4096), 9, images, 4, backend=backend)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-    assert abs(got.mean()) < 4 / 1024 and abs(got.var() - 1) < 4 * 2**0.5 / 1024
+    error = 4 / got.numel() ** 0.5
+    assert abs(got.mean()) < error and abs(got.var() - 1) < 2**0.5 * error
 
 
 def test_streams_steps_images_and_seeds_differ(backend):
@@ -97,6 +100,8 @@ def test_noise_inside_the_step_is_the_noise_outside(backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_q_sample_counter_is_q_sample_of_its_noise(dtype, backend, generator):
+    if reason := _dispatch.why_not("q_sample", backend, "cpu", dtype):
+        pytest.skip(reason)
     for name in ("cifar", "points", "several-spans"):
         case = next(c for c in CASES if c.op == "q_sample" and c.name == name)
         inputs = cast(case.inputs(generator), dtype, "channels_last")
@@ -116,7 +121,8 @@ def test_q_sample_counter_is_q_sample_of_its_noise(dtype, backend, generator):
         (TypeError, "seed must be an int", ((1, 4), True, 0, 0)),
         (ValueError, "image_index must be at least 0", ((1, 4), 0, -1, 0)),
         (ValueError, r"image_index must be .*shape \(2,\)", ((2, 4), 0, torch.arange(3), 0)),
-        (ValueError, "step must be in", ((1, 4), 0, 0, 2**28)),
+        (IndexError, "step must be in", ((1, 4), 0, 0, 2**28)),
+        (IndexError, "step must be in", ((1, 4), 0, 0, torch.tensor(-1))),
         (TypeError, "step must be an int", ((1, 4), 0, 0, 0.5)),
         (ValueError, "batch dimension", ((), 0, 0, 0)),
     ],

@@ -62,7 +62,9 @@ def test_defaults_are_documented(method):
     table = Sampler(denoiser, SCHEDULE, method=method).table
     assert len(table) == steps
     assert table.timesteps[0] == {"ddpm": 999, "ddim": 980, "dpm_solver": 999}[method]
-    assert len(Sampler(denoiser, Schedule.linear(10), method=method).table) == (10 if method == "ddpm" else 9)
+    few = Sampler(denoiser, Schedule.linear(10), method=method).table
+    assert len(few) == (9 if method == "dpm_solver" else 10) and few.timesteps[0] == 9
+    assert len(Sampler(denoiser, Schedule.linear(1), method="ddim").table) == 1
 
 
 def test_noise_does_not_depend_on_the_batch():
@@ -245,6 +247,34 @@ def test_half_precision_keeps_a_float32_state(unet):
     assert next(unet.parameters()).dtype == torch.float32
 
 
+def test_a_half_model_runs_in_its_own_dtype(unet):
+    half = copy.deepcopy(unet).half()
+    sampler = Sampler(half, SCHEDULE, num_steps=3)
+    assert sampler.model is half and sampler(1).dtype == torch.float32
+
+
+def test_a_model_may_use_autograd_inside():
+    def energy(x, t):
+        with torch.enable_grad():
+            y = x.detach().clone().requires_grad_()
+            return torch.autograd.grad((y**2).sum() * 0.05, y)[0]
+
+    x = Sampler(energy, SCHEDULE, num_steps=3)(2, shape=(2,))
+    expected = Sampler(lambda x, t: 0.1 * x, SCHEDULE, num_steps=3)(2, shape=(2,))
+    torch.testing.assert_close(x, expected)
+
+
+def test_a_published_variance_suits_every_method():
+    for method in METHODS:
+        Sampler(denoiser, SCHEDULE, method=method, num_steps=5, variance="fixed_large")(1, shape=(3, 4, 4))
+
+
+def test_numpy_numbers_and_arrays_are_taken():
+    sampler = Sampler(denoiser, SCHEDULE, method="ddim", spacing=np.array([900, 500, 0]))
+    got = sampler(np.int64(2), shape=(3, 4, 4), seed=np.int64(3), first_image=np.int64(1))
+    assert torch.equal(got, sampler(2, shape=(3, 4, 4), seed=3, first_image=1))
+
+
 def test_runs_in_eval_mode_and_restores(unet):
     modes = []
     model = torch.nn.Sequential()
@@ -296,7 +326,7 @@ def test_a_step_costs_a_fifth_of_diffusers(diffusers):
         ({"variance": "small"}, ValueError, "variance must be one of"),
         ({"method": "ddim", "eta": 1.5}, ValueError, r"eta must be in \[0, 1\]"),
         ({"eta": 0.5}, ValueError, "eta=0.5 is an option of method 'ddim', not of 'ddpm'"),
-        ({"method": "ddim", "variance": "fixed_large"}, ValueError, "is an option of method 'ddpm'"),
+        ({"method": "ddim", "variance": "large"}, ValueError, "is an option of method 'ddpm'"),
         ({"order": 1}, ValueError, "is an option of method 'dpm_solver'"),
         ({"clip": 0}, ValueError, "clip must be None or a positive number"),
         ({"clip": True}, ValueError, "clip must be None or a positive number"),
@@ -326,11 +356,15 @@ def test_bad_model_and_schedule_are_named():
 @pytest.mark.parametrize(
     "call,error,match",
     [
-        ({"batch_size": 0}, ValueError, "batch_size must be an int of at least 1, got 0"),
-        ({"batch_size": 2.0}, ValueError, "batch_size must be"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer"),
         ({"shape": None}, ValueError, "shape must be given"),
-        ({"shape": ()}, ValueError, "shape must be positive sizes"),
-        ({"shape": (3, 0, 4)}, ValueError, "shape must be positive sizes"),
+        ({"shape": ()}, ValueError, "shape must have at least one dimension besides the batch"),
+        ({"shape": (3, 0, 4)}, ValueError, r"shape\[1\] must be at least 1, got 0"),
+        ({"shape": 4}, TypeError, "shape must be a sequence without the batch"),
+        ({"x_T": torch.zeros(())}, ValueError, "x_T must have at least two dimensions"),
+        ({"noise": "torch", "generator": [1, 2]}, TypeError, "generator must be a torch.Generator or a list"),
+        ({"noise": "torch", "seed": 2**64}, ValueError, "seed must be"),
         ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
         ({"seed": 0.5}, TypeError, "seed must be an int"),
         ({"first_image": -1}, ValueError, "first_image must be"),

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -19,8 +20,8 @@ struct Candidate {
   bool runs;
 };
 
-const Kernels& choose() {
-  const Candidate candidates[] = {
+std::vector<Candidate> candidates() {  // the best first
+  return {
 #ifdef DDPM_FAST_X86_64
       {&avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
@@ -29,18 +30,26 @@ const Kernels& choose() {
 #endif
       {&baseline, true},
   };
-  const char* named = std::getenv("DDPM_FAST_CPU");
-  std::string known;
-  for (const Candidate& candidate : candidates) {
-    if (named == nullptr || *named == '\0') {
-      if (candidate.runs) return *candidate.kernels;
-    } else if (std::string(named) == candidate.kernels->isa) {
-      if (candidate.runs) return *candidate.kernels;
-      throw std::runtime_error(std::string("DDPM_FAST_CPU=") + named + ": this processor does not run it");
-    }
-    known += std::string(known.empty() ? "" : ", ") + candidate.kernels->isa;
+}
+
+std::string built_for() {
+  std::string names;
+  for (const Candidate& candidate : candidates()) {
+    names += std::string(names.empty() ? "" : ", ") + candidate.kernels->isa;
   }
-  throw std::invalid_argument(std::string("DDPM_FAST_CPU=") + named + " is not known; built for: " + known);
+  return names;
+}
+
+const Kernels& choose() {
+  const char* environment = std::getenv("DDPM_FAST_CPU");
+  const std::string named = environment == nullptr ? "" : environment;
+  for (const Candidate& candidate : candidates()) {
+    if (named.empty() ? candidate.runs : named == candidate.kernels->isa) {
+      if (candidate.runs) return *candidate.kernels;
+      throw std::runtime_error("DDPM_FAST_CPU=" + named + ": this processor does not run it");
+    }
+  }
+  throw std::invalid_argument("DDPM_FAST_CPU=" + named + " is not known; built for: " + built_for());
 }
 
 }  // namespace
@@ -52,7 +61,15 @@ const Kernels& kernels() {
 
 }  // namespace ddpm_fast::cpu
 
-// For `ddpm_fast.info()`, which reads it with ctypes: the name of the instruction set in use.
+// For `ddpm_fast.info()`, which reads it with ctypes: the instruction set in use and those built for, or what
+// is wrong with the choice.
 extern "C" __attribute__((visibility("default"))) const char* ddpm_fast_cpu_kernels() {
-  return ddpm_fast::cpu::kernels().isa;
+  static const std::string text = [] {
+    try {
+      return std::string(ddpm_fast::cpu::kernels().isa) + " (built for " + ddpm_fast::cpu::built_for() + ")";
+    } catch (const std::exception& error) {
+      return std::string("none: ") + error.what();
+    }
+  }();
+  return text.c_str();
 }

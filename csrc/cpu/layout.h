@@ -36,17 +36,9 @@ inline Tensor like_layout(const Tensor& x, const Tensor& like) {
   return is_channels_last(like) ? to_channels_last(x) : as_contiguous(x);
 }
 
-// An uninitialised tensor like x, which is dense, in its strides.
+// An uninitialised tensor like x, which is dense, in its layout.
 inline Tensor empty_as(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-  AtenTensorHandle empty;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim(), sizes.data(), strides.data(), dtype, device_type, device_index, &empty));
-  return Tensor(empty);
+  return is_channels_last(x) ? torch::stable::empty_like(x) : torch::stable::new_empty(x, x.sizes());
 }
 
 }  // namespace ddpm_fast

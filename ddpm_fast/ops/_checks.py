@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Protocol, TypeAlias
 
 import torch
@@ -59,8 +60,8 @@ def as_table(table: Table, x: Tensor, columns: tuple[int, ...]) -> Tensor:
 
 def as_index(name: str, index: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """A 0-d or ``(B,)`` int64 tensor; whether it is in range, the kernel tells."""
-    if isinstance(index, int) and not isinstance(index, bool):
-        return torch.full((), index, dtype=torch.int64, device=device)
+    if isinstance(index, Integral) and not isinstance(index, bool):
+        return torch.full((), int(index), dtype=torch.int64, device=device)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         given = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name} must be an int or an int64 Tensor, got {given}")
@@ -73,19 +74,19 @@ def as_index(name: str, index: int | Tensor, batch: int, device: torch.device) -
 
 def as_seed(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """The 64-bit seed as a 0-d or ``(B,)`` int64 tensor; ints from 2**63 on wrap to the same 64 bits."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if isinstance(seed, Integral) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, got {seed}")
-        seed = seed - 2**64 if seed >= 2**63 else seed
+        seed = int(seed) - 2**64 if seed >= 2**63 else seed
     return as_index("seed", seed, batch, device)
 
 
 def as_image_index(image_index: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """``(B,)`` int64; an int k stands for the images k, k + 1, ..."""
-    if isinstance(image_index, int) and not isinstance(image_index, bool):
+    if isinstance(image_index, Integral) and not isinstance(image_index, bool):
         if image_index < 0:
             raise ValueError(f"image_index must be at least 0, got {image_index}")
-        return torch.arange(image_index, image_index + batch, device=device)
+        return torch.arange(int(image_index), int(image_index) + batch, device=device)
     image_index = as_index("image_index", image_index, batch, device)
     if image_index.dim() != 1:
         raise ValueError(f"image_index must have shape ({batch},), got {tuple(image_index.shape)}")

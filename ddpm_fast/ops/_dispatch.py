@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,10 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
     ("posterior_step", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("group_norm_silu", "native", "cpu"): _HALVES_AND_FLOAT,
     ("counter_normal", "native", "cpu"): frozenset({torch.float32}),
+    ("q_sample", "triton", "cuda"): _HALVES_AND_FLOAT,
+    ("posterior_step", "triton", "cuda"): _HALVES_AND_FLOAT,
+    ("group_norm_silu", "triton", "cuda"): _HALVES_AND_FLOAT,
+    ("counter_normal", "triton", "cuda"): frozenset({torch.float32}),
 }
 OPS: tuple[str, ...] = tuple(dict.fromkeys(op for op, _, _ in _KERNELS))
 
@@ -31,7 +37,7 @@ OPS: tuple[str, ...] = tuple(dict.fromkeys(op for op, _, _ in _KERNELS))
 def _load_library() -> str | None:
     """Load the compiled library; None if that went well, else the reason, which is warned of once."""
     if not LIBRARY_FILE.exists():
-        reason = "it was not built, since no C++ compiler was found when ddpm_fast was installed"
+        reason = "it was not built when ddpm_fast was installed (no C++ compiler, or DDPM_FAST_NATIVE=skip)"
     else:
         try:
             torch.ops.load_library(LIBRARY_FILE)
@@ -47,15 +53,8 @@ def _load_library() -> str | None:
     return reason
 
 
-def _forced_backend() -> str | None:
-    backend = os.environ.get("DDPM_FAST_BACKEND") or None
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"DDPM_FAST_BACKEND={backend!r} is not a backend; allowed: {', '.join(BACKENDS)}")
-    return backend
-
-
 NATIVE_MISSING: str | None = _load_library()
-FORCED_BACKEND: str | None = _forced_backend()
+FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
 def define(
@@ -63,17 +62,44 @@ def define(
     schema: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    *,
+    file: str,
+    autograd: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]] | None = None,
 ) -> None:
-    """Register an op: its schema, the plain-PyTorch kernel that runs where no compiled one does, its fake."""
-    LIBRARY.define(op + schema)
-    LIBRARY.impl(op, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ddpm_fast::{op}", fake, lib=LIBRARY)
+    """Register an op twice, under one schema and fake.
+
+    `op` runs the compiled kernel of the device, and the plain-PyTorch one where there is none; `op_triton`
+    the launcher of the same name in `_triton/file.py`. `autograd` gives (backward, setup_context) by the
+    suffix of the name.
+    """
+
+    def triton(*args: Any) -> Any:
+        return getattr(import_module(f"._triton.{file}", __package__), op)(*args)
+
+    for suffix, kernel in (("", reference), ("_triton", triton)):
+        name = op + suffix
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=LIBRARY)
+        if autograd is not None:
+            backward, setup = autograd(suffix)
+            torch.library.register_autograd(f"ddpm_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def implementation(op: str, backend: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What a chosen backend calls: a registered op, or the reference itself, which autograd sees through."""
+    if backend == "reference":
+        return reference
+    packet = getattr(torch.ops.ddpm_fast, op if backend == "native" else f"{op}_triton")
+    return packet.default
 
 
 def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """The reason that a backend cannot run an op on such a tensor, None if it can."""
     if backend == "reference":
         return None
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        device = "cuda"  # Triton's interpreter runs the same kernels on the host
     dtypes = _KERNELS.get((op, backend, device))
     if dtypes is None:
         return f"it has no {op} kernel for {device} tensors"
@@ -81,6 +107,8 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return f"its {op} kernel takes {', '.join(sorted(map(str, dtypes)))}, not {dtype}"
     if backend == "native" and NATIVE_MISSING is not None:
         return f"the compiled library is missing: {NATIVE_MISSING}"
+    if backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
     return None
 
 
@@ -103,7 +131,8 @@ def choose(op: str, backend: str | None, x: Tensor) -> str:
     if named is None:
         return FASTEST.get((op, x.device.type, x.dtype), "reference")
     if named not in BACKENDS:
-        raise ValueError(f"backend={named!r} is not known; allowed: {', '.join(BACKENDS)} or None")
+        name = "DDPM_FAST_BACKEND" if backend is None else "backend"
+        raise ValueError(f"{name}={named!r} is not known; allowed: {', '.join(BACKENDS)} or None")
     reason = why_not(op, named, x.device.type, x.dtype)
     if reason is not None:
         raise RuntimeError(f"backend {named!r} cannot run {op} here: {reason}")

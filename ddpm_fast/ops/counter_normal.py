@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._checks import as_image_index, as_index, as_seed
-from ._dispatch import choose, define
+from ._checks import as_image_index, as_index, as_seed, check_range
+from ._dispatch import choose, define, implementation
 
 STREAMS = {
     "x_T": reference.STREAM_X_T,
@@ -47,6 +47,7 @@ def counter_normal(
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape, range or device.
+        IndexError: a step outside its range (on a GPU, which is not asked, another stream's noise).
         RuntimeError: a backend named that cannot run here.
     """
     shape = tuple(shape)
@@ -58,12 +59,10 @@ def counter_normal(
     device = given if given is not None else torch.device(device or "cpu")
     seed = as_seed(seed, shape[0], device)
     image_index = as_image_index(image_index, shape[0], device)
-    if isinstance(step, int) and not 0 <= step < 2**28:
-        raise ValueError(f"step must be in [0, 2**28), got {step}")
     step = as_index("step", step, shape[0], device)
+    check_range("step", step, 2**28)  # past which it would count as another stream
     proxy = torch.empty(0, dtype=torch.float32, device=device)
-    native = choose("counter_normal", backend, proxy) != "reference"
-    run = torch.ops.ddpm_fast.counter_normal if native else reference.counter_normal
+    run = implementation("counter_normal", choose("counter_normal", backend, proxy), reference.counter_normal)
     return run(shape, seed, image_index, step, STREAMS[stream])
 
 
@@ -73,8 +72,8 @@ def philox4x32_10(counter: Tensor, key: Tensor, *, backend: str | None = None) -
     ``counter`` (n, 4) and ``key`` (n, 2) -> (n, 4), uint32 words held in int64.
     """
     proxy = torch.empty(0, dtype=torch.float32, device=counter.device)
-    native = choose("counter_normal", backend, proxy) != "reference"
-    return (torch.ops.ddpm_fast.philox4x32_10 if native else reference.philox4x32_10)(counter, key)
+    chosen = choose("counter_normal", backend, proxy)
+    return implementation("philox4x32_10", chosen, reference.philox4x32_10)(counter, key)
 
 
 define(
@@ -82,10 +81,12 @@ define(
     "(SymInt[] shape, Tensor seed, Tensor image_index, Tensor step, int stream) -> Tensor",
     reference.counter_normal,
     lambda shape, seed, image_index, step, stream: image_index.new_empty(shape, dtype=torch.float32),
+    file="counter_normal",
 )
 define(
     "philox4x32_10",
     "(Tensor counter, Tensor key) -> Tensor",
     reference.philox4x32_10,
     lambda counter, key: torch.empty_like(counter),
+    file="counter_normal",
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_floating, describe
-from ._dispatch import LIBRARY, choose, define
+from ._dispatch import choose, define, implementation
 
 
 def group_norm_silu(
@@ -34,7 +34,7 @@ def group_norm_silu(
         return torch.nn.functional.silu(h)                         # act="silu"
 
     with statistics in float32 whatever the dtype, in two passes (no E[x^2] - E[x]^2), and one rounding.
-    Differentiable in every tensor.
+    Differentiable in every tensor, in reverse mode.
 
     Args:
         x: ``(B, C, ...)`` float32, bfloat16, float16 or float64; contiguous or channels_last, which is kept.
@@ -73,8 +73,7 @@ def group_norm_silu(
         raise ValueError(f"act={act!r} is not known; allowed: silu, none")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    native = choose("group_norm_silu", backend, x) != "reference"
-    run = torch.ops.ddpm_fast.group_norm_silu if native else _reference
+    run = implementation("group_norm_silu", choose("group_norm_silu", backend, x), _reference)
     return run(x, num_groups, weight, bias, eps, add, scale, shift, act == "silu")
 
 
@@ -165,16 +164,20 @@ def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, bias, add, scale, shift)
 
 
-def _backward(ctx, grad):
-    x, weight, bias, add, scale, shift = ctx.saved_tensors
-    grads = torch.ops.ddpm_fast.group_norm_silu_backward(
-        grad, x, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, ctx.silu
-    )
-    given = (x, weight, bias, add, scale, shift)
-    d_x, d_weight, d_bias, d_add, d_scale, d_shift = (
-        None if value is None else d for value, d in zip(given, grads, strict=True)
-    )
-    return d_x, None, d_weight, d_bias, None, d_add, d_scale, d_shift, None
+def _autograd(suffix: str):
+    """Backward by the same backend's kernel."""
+
+    def backward(ctx, grad):
+        x, weight, bias, add, scale, shift = ctx.saved_tensors
+        run = getattr(torch.ops.ddpm_fast, f"group_norm_silu_backward{suffix}")
+        grads = run(grad, x, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, ctx.silu)
+        given = (x, weight, bias, add, scale, shift)
+        d_x, d_weight, d_bias, d_add, d_scale, d_shift = (
+            None if value is None else d for value, d in zip(given, grads, strict=True)
+        )
+        return d_x, None, d_weight, d_bias, None, d_add, d_scale, d_shift, None
+
+    return backward, _save_inputs
 
 
 define(
@@ -183,6 +186,8 @@ define(
     "Tensor? shift, bool silu) -> Tensor",
     _reference,
     _fake,
+    file="group_norm_silu",
+    autograd=_autograd,
 )
 define(
     "group_norm_silu_backward",
@@ -190,7 +195,5 @@ define(
     "Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference_backward,
     _fake_backward,
-)
-torch.library.register_autograd(
-    "ddpm_fast::group_norm_silu", _backward, setup_context=_save_inputs, lib=LIBRARY
+    file="group_norm_silu",
 )

@@ -21,7 +21,7 @@ from ._checks import (
     check_range,
     describe,
 )
-from ._dispatch import choose, define
+from ._dispatch import choose, define, implementation
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -49,13 +49,14 @@ def posterior_step(
     which is DDPM (Ho et al. 2020, eq. 7 and 11), DDIM (Song et al. 2021, eq. 12) and DPM-Solver++(2M)
     (Lu et al. 2022, algorithm 2), whichever the table is of. With a learned range (nine columns; Nichol &
     Dhariwal 2021, eq. 15) the second half of ``out``'s channels sets the noise's scale. Computed in float32,
-    rounded once. An operand whose coefficient is zero is not used.
+    rounded once. In ``x_next``, an ``out``, ``x0_prev`` or ``noise`` whose coefficient is zero is not used.
 
     Args:
         x: ``(B, C, ...)`` float32, bfloat16, float16 or float64.
         out: ``(B, C, ...)``, or ``(B, 2C, ...)`` where the network also predicts a variance; x's dtype, or
             bfloat16 or float16 beside a float32 ``x``; any memory layout.
-        table: a `StepTable`, or its ``(N, 7)`` or ``(N, 9)`` tensor, float32 (float64 for float64 ``x``).
+        table: a `StepTable`, or its ``(N, 7)`` or ``(N, 9)`` tensor, float32 (float64 with ``x``). Inside
+            ``torch.compile`` give the tensor: ``table.tensor(device)``.
         i: the step of this run, 0-d or ``(B,)`` int64: each sample may stand at its own. An int is taken too.
         noise: like ``x``; or
         seed, image_index: the noise is drawn inside, as `counter_normal(x.shape, seed, image_index, i)`.
@@ -79,10 +80,10 @@ def posterior_step(
     )
     if differentiable and backend is None:
         backend = "reference"
-    native = choose("posterior_step", backend, x) != "reference"
-    if native and differentiable:
+    chosen = choose("posterior_step", backend, x)
+    if differentiable and chosen != "reference":
         raise ValueError("x, out, noise or x0_prev asks for a gradient: only backend='reference' has one")
-    return (torch.ops.ddpm_fast.posterior_step if native else _reference)(*args)
+    return implementation("posterior_step", chosen, _reference)(*args)
 
 
 def posterior_step_(
@@ -137,19 +138,22 @@ def bind_step(
     for name, value in (("x", x), ("x0", x0)):
         if value is not None and not value.is_contiguous():
             raise ValueError(f"{name} must be contiguous to be written in place")
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} asks for a gradient, which a step in place does not have")
     if x0 is not None:
         check_like("x0", x0, x, "x")
     table = as_table(table, x, (7, 9))
     seed, image_index = _as_counter(seed, image_index, x)
     clip, clip_each = _as_clip(clip, x)
-    if choose("posterior_step", backend, x) == "reference":
-        run = torch.no_grad()(_reference_)
-    else:
-        run = torch.ops.ddpm_fast.posterior_step_.default
+    chosen = choose("posterior_step", backend, x)
+    run = implementation("posterior_step_", chosen, torch.no_grad()(_reference_))
+    written = (x,) if x0 is None else (x, x0)
 
     def step(out: Tensor, i: Tensor, noise: Tensor | None) -> None:
         _check_out(x, out, table)
         run(x, out, table, i, noise, seed, image_index, x0, clip, clip_each)
+        if not torch.compiler.is_compiling():  # a kernel writes behind autograd's back: let it know
+            torch.autograd.graph.increment_version(written)
 
     return step
 
@@ -255,6 +259,7 @@ define(
     "Tensor? x0_prev, float clip, Tensor? clip_each) -> (Tensor, Tensor)",
     _reference,
     _fake,
+    file="posterior_step",
 )
 define(
     "posterior_step_",
@@ -262,4 +267,5 @@ define(
     "Tensor(b!)? x0, float clip, Tensor? clip_each) -> ()",
     _reference_,
     lambda *_: None,
+    file="posterior_step",
 )

@@ -16,7 +16,7 @@ from ._checks import (
     check_like,
     check_range,
 )
-from ._dispatch import LIBRARY, choose, define
+from ._dispatch import choose, define, implementation
 
 
 def q_sample(
@@ -33,7 +33,8 @@ def q_sample(
         noise: like ``x0``.
         t: training time, 0-d or ``(B,)`` int64 (an int is taken too).
         table: a `Schedule`, or ``(T, 2)`` sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod), float32
-            (float64 for float64 ``x0``) on x0's device.
+            (float64 for float64 ``x0``) on x0's device. Inside ``torch.compile`` give the tensor:
+            ``schedule.tensor(device)``.
         backend: "native", "triton", "reference", or None for the fastest here.
 
     Returns:
@@ -48,7 +49,7 @@ def q_sample(
     check_like("noise", noise, x0, "x0")
     table = as_table(table, x0, (2,))
     t = as_index("t", t, x0.shape[0], x0.device)
-    run = _reference if choose("q_sample", backend, x0) == "reference" else torch.ops.ddpm_fast.q_sample
+    run = implementation("q_sample", choose("q_sample", backend, x0), _reference)
     return run(x0, noise, t, table)
 
 
@@ -85,8 +86,7 @@ def q_sample_counter(
     t = as_index("t", t, x0.shape[0], x0.device)
     seed = as_seed(seed, x0.shape[0], x0.device)
     image_index = as_image_index(image_index, x0.shape[0], x0.device)
-    native = choose("q_sample", backend, x0) != "reference"
-    run = torch.ops.ddpm_fast.q_sample_counter if native else _reference_counter
+    run = implementation("q_sample_counter", choose("q_sample", backend, x0), _reference_counter)
     return run(x0, t, table, seed, image_index)
 
 
@@ -142,14 +142,14 @@ define(
     "(Tensor x0, Tensor noise, Tensor t, Tensor table) -> Tensor",
     _reference,
     lambda x0, noise, t, table: _empty_like(x0),
+    file="q_sample",
+    autograd=lambda _: (_backward, _save_times),
 )
 define(
     "q_sample_counter",
     "(Tensor x0, Tensor t, Tensor table, Tensor seed, Tensor image_index) -> (Tensor, Tensor)",
     _reference_counter,
     lambda x0, t, table, seed, image_index: (_empty_like(x0), _empty_like(x0)),
-)
-torch.library.register_autograd("ddpm_fast::q_sample", _backward, setup_context=_save_times, lib=LIBRARY)
-torch.library.register_autograd(
-    "ddpm_fast::q_sample_counter", _backward_counter, setup_context=_save_times_counter, lib=LIBRARY
+    file="q_sample",
+    autograd=lambda _: (_backward_counter, _save_times_counter),
 )

@@ -40,7 +40,8 @@ inline void scale_noise(const StepRow& row, const float* v, const float* noise, 
   const float low = row.min_log, high = row.max_log;
   const auto scale = [&](Float v, Float noise) {
     const Float frac = (v + 1.0f) * 0.5f;
-    return exp<1>(0.5f * (frac * high + (1.0f - frac) * low)) * noise;
+    const Float log_deviation = 0.5f * (frac * high + (1.0f - frac) * low);
+    return exp<1>(at_most(at_least(log_deviation, -kExpBound), kExpBound)) * noise;
   };
   int64_t k = 0;
   for (; k + kLanes <= n; k += kLanes) store(scaled + k, scale(load(v + k), load(noise + k)));

@@ -154,16 +154,33 @@ inline Float sqrt(Float x) {
 
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 2^23: adding it leaves the nearest integer in the low bits
 
-// e^x for k = 1, e^-x for k = -1, to 2 ulp; clamped below 2^127.
+// The larger and the smaller of x and a bound; NaN stays.
+inline Float at_least(Float x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(broadcast(bound), x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(broadcast(bound), x);
+#else
+  return x < bound ? broadcast(bound) : x;
+#endif
+}
+
+inline Float at_most(Float x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(broadcast(bound), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(broadcast(bound), x);
+#else
+  return x > bound ? broadcast(bound) : x;
+#endif
+}
+
+constexpr float kExpBound = 87.0f;  // e^x is a normal float, below 2^127, for |x| up to it
+
+// e^x for k = 1, e^-x for k = -1, to 2 ulp, for |x| <= kExpBound.
 template <int k>
 inline Float exp(Float x) {
   constexpr float kLog2e = k * 1.44269504f;
-#if defined(__AVX512F__)
-  x = k > 0 ? _mm512_min_ps(broadcast(87.0f), x) : _mm512_max_ps(broadcast(-87.0f), x);
-#else
-  x = x < -87.0f ? broadcast(-87.0f) : x;
-  x = x > 87.0f ? broadcast(87.0f) : x;
-#endif
   const Float shifted = x * kLog2e + kRoundMagic;
   const Float n = shifted - kRoundMagic;
   const Float r = x * kLog2e - n;  // 2^r by its minimax polynomial on [-1/2, 1/2], 9e-8 relative
@@ -192,8 +209,11 @@ inline Float divide(Float x, Float y) {
 #endif
 }
 
-// x / (1 + e^-x); NaN stays NaN, by the numerator.
-inline Float silu(Float x) { return divide(x, 1.0f + exp<-1>(x)); }
+// x / (1 + e^-x); NaN stays. Below the bound it is 0 but for what no float32 sum would see.
+inline Float silu(Float x) {
+  x = at_least(x, -kExpBound);
+  return divide(x, 1.0f + exp<-1>(at_most(x, kExpBound)));
+}
 
 // ln x for normal x > 0 (Cephes logf).
 inline Float log(Float x) {

@@ -1,0 +1,257 @@
+"""What the compilers make of the Triton kernels, for four architectures and with no GPU:
+
+    python -m benchmarks.codegen [--arch 80 90 100 120] [--only NAME] [--json FILE] [--write-budget]
+
+Each case calls a launcher with aligned tensors, as a sampler does; the launch is compiled, with the
+specialisation that it would have on a GPU, and not run. A row tells registers a thread, bytes spilled (stack
+and local memory), shared memory, barriers, and the share of global bytes moved by accesses of 128 bits or
+more (from the PTX: an access whose address depends on the thread counts once a thread, a uniform one once).
+`tests/codegen_budget.json` holds what was committed, and `tests/test_codegen.py` fails where a figure rises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from ddpm_fast.ops._triton import counter_normal, posterior_step, q_sample
+
+ARCHITECTURES = (80, 90, 100, 120)
+BUDGET = Path(__file__).parent.parent / "tests" / "codegen_budget.json"
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    launch: Callable[[], object]
+    """Calls a launcher on CPU tensors; every kernel that it launches is compiled instead."""
+    wide: float = 0.9
+    """The least share of bytes in 128-bit accesses; lower only where a layout forbids them."""
+
+
+# ---- the cases: CIFAR-10 images, as a run has them ----
+
+B = 8
+
+
+def image(dtype: torch.dtype, channels: int = 3, layout=torch.contiguous_format) -> Tensor:
+    return torch.zeros(B, channels, 32, 32, dtype=dtype).contiguous(memory_format=layout)
+
+
+ROWS, LEARNED_ROWS, WEIGHTS = torch.zeros(50, 7), torch.zeros(50, 9), torch.zeros(1000, 2)
+STEP, TIMES = torch.tensor(3), torch.arange(B)
+COUNTER = torch.tensor(5), torch.arange(B)  # seed, image index
+
+
+def q_sample_case(dtype: torch.dtype) -> Callable:
+    return lambda: q_sample.q_sample(image(dtype), image(dtype), TIMES, WEIGHTS)
+
+
+def q_sample_counter_case(dtype: torch.dtype, layout=torch.contiguous_format) -> Callable:
+    return lambda: q_sample.q_sample_counter(image(dtype, 3, layout), TIMES, WEIGHTS, *COUNTER)
+
+
+def step_given_case(dtype: torch.dtype) -> Callable:
+    x = image(dtype)
+    return lambda: posterior_step.posterior_step(x, x, ROWS, STEP, x, None, None, x, 1.0, None)
+
+
+def step_drawn_case(dtype: torch.dtype, out: Tensor, table: Tensor = ROWS) -> Callable:
+    x = image(dtype)
+    return lambda: posterior_step.posterior_step_(x, out, table, STEP, None, *COUNTER, None, 1.0, None)
+
+
+CASES = [
+    Case("counter_normal", lambda: counter_normal.counter_normal((B, 3, 32, 32), *COUNTER, STEP, 1)),
+    Case("q_sample float32", q_sample_case(FLOAT)),
+    Case("q_sample bfloat16", q_sample_case(BF16)),
+    Case("q_sample float16", q_sample_case(HALF)),
+    Case("q_sample_counter float32", q_sample_counter_case(FLOAT)),
+    Case("q_sample_counter bfloat16", q_sample_counter_case(BF16)),
+    Case("q_sample_counter float16", q_sample_counter_case(HALF)),
+    Case("q_sample_counter bfloat16 NHWC", q_sample_counter_case(BF16, torch.channels_last), wide=0),
+    Case("posterior_step given float32", step_given_case(FLOAT)),
+    Case("posterior_step given bfloat16", step_given_case(BF16)),
+    Case("posterior_step given float16", step_given_case(HALF)),
+    Case("posterior_step drawn float32", step_drawn_case(FLOAT, image(FLOAT))),
+    Case("posterior_step drawn bfloat16", step_drawn_case(BF16, image(BF16))),
+    Case("posterior_step drawn float32, bfloat16 out", step_drawn_case(FLOAT, image(BF16))),
+    Case(
+        "posterior_step drawn float32, bfloat16 NHWC out",
+        step_drawn_case(FLOAT, image(BF16, 3, torch.channels_last)),
+        wide=0.75,
+    ),
+    Case(
+        "posterior_step learned float32, bfloat16 out", step_drawn_case(FLOAT, image(BF16, 6), LEARNED_ROWS)
+    ),
+]
+
+
+# ---- compiling ----
+
+
+class Compiler(DriverBase):
+    """Stands for a GPU of compute capability `arch` where Triton asks what it compiles for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:  # Triton keeps the compiled kernels of a device apart
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable:
+        raise NotImplementedError
+
+
+@dataclass
+class Figures:
+    registers: int
+    spilled: int
+    shared: int
+    barriers: int
+    wide: float
+
+
+def compiled(case: Case, arch: int) -> dict[str, Figures]:
+    """The figures of the kernels that a case launches, by row name."""
+    kernels = []
+    run = JITFunction.run
+
+    def warm(self, *args, grid, warmup, **kwargs):
+        kernels.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Compiler(arch))
+    JITFunction.run = warm
+    try:
+        case.launch()
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = active
+    several = len({name for name, _ in kernels}) > 1
+    return {f"{case.name} {name}" if several else case.name: figures(kernel) for name, kernel in kernels}
+
+
+def figures(kernel) -> Figures:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    ptx = kernel.asm["ptx"]
+    return Figures(
+        registers=used["REG"],
+        spilled=used["STACK"] + used["LOCAL"],
+        shared=kernel.metadata.shared,
+        barriers=len(re.findall(r"\b(?:bar|barrier)\.(?:cta\.)?sync", ptx)),
+        wide=round(wide_share(ptx, 32 * kernel.metadata.num_warps), 3),
+    )
+
+
+def wide_share(ptx: str, threads: int) -> float:
+    """The share of a program's global bytes that accesses of at least 128 bits move."""
+    instructions = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+([^;]+);", ptx, re.M)
+    by_thread: set[str] = set()  # registers that depend on the thread's index
+    known = -1
+    while known != len(by_thread):  # loops carry registers backwards: until nothing is added
+        known = len(by_thread)
+        for op, operands in instructions:
+            if op.startswith("st."):
+                continue  # writes no register
+            written, _, read = operands.partition(", ")
+            if operands.startswith("{"):
+                written, _, read = operands.partition("},")
+            if "%tid" in read or any(r in by_thread for r in re.findall(r"%\w+", read)):
+                by_thread.update(re.findall(r"%\w+", written))
+    moved = {True: 0, False: 0}
+    for op, operands in instructions:
+        if op.startswith(("ld.global", "st.global")):
+            address = operands[operands.index("[") : operands.index("]")]
+            lanes, bits = re.search(r"(?:\.v(\d))?\.[busf](\d+)$", op).groups()
+            size = int(lanes or 1) * int(bits) // 8
+        elif op.startswith("cp.async.c"):
+            _, address, size = (part.strip() for part in operands.split(",")[:3])
+            size = int(size)
+        else:
+            continue
+        each = any(r in by_thread for r in re.findall(r"%\w+", address))
+        moved[size >= 16] += size * (threads if each else 1)
+    return moved[True] / max(1, sum(moved.values()))
+
+
+def report(architectures=ARCHITECTURES, only: str = "") -> dict[str, dict[str, Figures]]:
+    """Row name -> architecture -> figures."""
+    rows: dict[str, dict[str, Figures]] = {}
+    chosen = [case for case in CASES if only in case.name]
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        for case in tqdm(chosen, desc="compile", disable=None):
+            for arch in architectures:
+                for name, row in compiled(case, arch).items():
+                    rows.setdefault(name, {})[str(arch)] = row
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write-budget", action="store_true", help=f"replace {BUDGET.name}")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    rows = report(options.arch, options.only)
+    print(f"{'kernel':58s}  sm  registers  spilled  shared  barriers  128-bit")
+    for name, by_arch in rows.items():
+        for arch, row in by_arch.items():
+            print(
+                f"{name:58s} {arch:>3s} {row.registers:10d} {row.spilled:8d} {row.shared:7d} "
+                f"{row.barriers:9d} {row.wide:8.1%}"
+            )
+    floors = {case.name: case.wide for case in CASES if case.wide != Case.wide}
+    found = {
+        "triton": triton.__version__,
+        "wide": floors,
+        "kernels": {name: {arch: asdict(row) for arch, row in rows[name].items()} for name in rows},
+    }
+    for path in ([options.json] if options.json else []) + ([BUDGET] if options.write_budget else []):
+        text = json.dumps(found, indent=1)
+        text = re.sub(r'\{\s+("registers"[^}]*?)\s+\}', lambda m: f"{{{' '.join(m[1].split())}}}", text)
+        path.write_text(text + "\n")  # a row a line
+
+
+if __name__ == "__main__":
+    main()
