@@ -28,7 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from ddpm_fast.ops._triton import counter_normal, posterior_step, q_sample
+from ddpm_fast.ops._triton import (
+    counter_normal,
+    group_norm_silu,
+    group_norm_silu_backward,
+    posterior_step,
+    q_sample,
+)
 
 ARCHITECTURES = (80, 90, 100, 120)
 BUDGET = Path(__file__).parent.parent / "tests" / "codegen_budget.json"
@@ -99,6 +105,38 @@ CASES = [
     Case(
         "posterior_step learned float32, bfloat16 out", step_drawn_case(FLOAT, image(BF16, 6), LEARNED_ROWS)
     ),
+]
+
+
+# ---- the U-Net's norms, at a batch that fills a device ----
+
+
+def norm_case(dtype: torch.dtype, last: bool, channels: int, side: int, backward: bool) -> Callable:
+    def launch():
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.zeros(64, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
+        vector, row = torch.zeros(channels, dtype=dtype), torch.zeros(64, channels, dtype=dtype)
+        film = row if side == 32 else None
+        rest = (x, 32, vector, vector, 1e-5, row, film, film, True)
+        if backward:
+            return group_norm_silu_backward.group_norm_silu_backward(x, *rest)
+        return group_norm_silu.group_norm_silu(*rest)
+
+    return launch
+
+
+# Lower where operands weigh: 16 pixels a channel, or a half's own read anew by each thread of a long row.
+CASES += [
+    Case(
+        f"group_norm_silu{'_backward' * backward} {channels} x {side} x {side} "
+        f"{str(dtype).removeprefix('torch.')} {'NHWC' if last else 'NCHW'}{' FiLM' * (side == 32)}",
+        norm_case(dtype, last, channels, side, backward),
+        wide=0.8 if (side == 4 and backward) or (side == 16 and dtype == BF16 and not last) else 0.9,
+    )
+    for backward in (False, True)
+    for channels, side in ((128, 32), (256, 16), (512, 4))
+    for dtype in (FLOAT, BF16)
+    for last in (False, True)
 ]
 
 

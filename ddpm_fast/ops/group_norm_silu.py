@@ -195,5 +195,5 @@ define(
     "Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference_backward,
     _fake_backward,
-    file="group_norm_silu",
+    file="group_norm_silu_backward",
 )
