@@ -56,6 +56,19 @@ def upcast(inputs: dict) -> dict:
     }
 
 
+def tuple_of(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check_error_rule(got, eager, exact, what=""):
+    """err(kernel) <= 2 err(eager, same dtype) + eps(dtype) max|ref|; NaN never passes."""
+    assert got.shape == exact.shape
+    error = (got.double() - exact).abs().max().item()
+    allowed = 2 * (eager.double() - exact).abs().max().item()
+    allowed += torch.finfo(got.dtype).eps * exact.abs().max().item()
+    assert error <= allowed, f"{what} error {error:.3g} > allowed {allowed:.3g}"
+
+
 # ---- q_sample ----
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import CASES, cast
+from op_cases import CASES, EAGER, cast, check_error_rule, tuple_of, upcast
 
-from ddpm_fast import Sampler, Schedule, checkpoint, ops
+from ddpm_fast import Sampler, Schedule, checkpoint, ops, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,18 +14,15 @@ pytestmark = [
 ]
 
 
-def tuple_of(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_ops_equal_the_cpu(case, generator):
+def test_ops_against_float64(case, generator):
     inputs = cast(case.inputs(generator), torch.float32)
     there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    expected = tuple_of(getattr(ops, case.op)(**inputs, backend="reference"))
-    for g, e in zip(tuple_of(getattr(ops, case.op)(**there)), expected, strict=True):
+    exact = tuple_of(getattr(reference, case.op)(**upcast(inputs)))
+    eager = tuple_of(EAGER[case.op](**inputs))
+    for g, e, x in zip(tuple_of(getattr(ops, case.op)(**there)), eager, exact, strict=True):
         assert g.is_cuda
-        torch.testing.assert_close(g.cpu(), e, rtol=1e-4, atol=1e-4)
+        check_error_rule(g.cpu(), e, x)
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm_solver"])

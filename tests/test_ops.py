@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import CASES, DTYPES, EAGER, cast, upcast
+from op_cases import CASES, DTYPES, EAGER, cast, check_error_rule, tuple_of, upcast
 
 from ddpm_fast import ops, reference
 from ddpm_fast.ops import _dispatch
@@ -21,22 +21,9 @@ def names(value) -> str:
     return getattr(value, "id", None) or str(value).removeprefix("torch.")
 
 
-def tuple_of(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
-
-
 def skip_unless_taken(op, backend, dtype):
     if reason := _dispatch.why_not(op, backend, "cpu", dtype):
         pytest.skip(reason)
-
-
-def check_error_rule(got, eager, exact, what=""):
-    """err(kernel) <= 2 err(eager, same dtype) + eps(dtype) max|ref|; NaN never passes."""
-    assert got.shape == exact.shape
-    error = (got.double() - exact).abs().max().item()
-    allowed = 2 * (eager.double() - exact).abs().max().item()
-    allowed += torch.finfo(got.dtype).eps * exact.abs().max().item()
-    assert error <= allowed, f"{what} error {error:.3g} > allowed {allowed:.3g}"
 
 
 @pytest.mark.parametrize("case,dtype,layout", ALL, ids=names)
