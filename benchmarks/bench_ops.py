@@ -66,7 +66,7 @@ def step_arms(shape, drawn: bool) -> Arms:
     x, out, noise = (torch.randn(b, c, h, h) for _ in range(3))
     schedule, i = Schedule.linear(), torch.tensor(3)
     tables = [
-        torch.from_numpy(getattr(schedule, name)).float()
+        torch.tensor(getattr(schedule, name), dtype=torch.float32)
         for name in (
             "sqrt_recip_alphas_cumprod",
             "sqrt_recipm1_alphas_cumprod",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._checks import check_floating, describe
+from ._checks import FLOATING, check_floating, describe
 from ._dispatch import choose, define, implementation
 
 
@@ -54,11 +54,12 @@ def group_norm_silu(
         RuntimeError: a backend named that cannot run here.
     """
     check_floating("x", x, 2)
-    batch, channels = x.shape[:2]
+    shape = x.shape
+    batch, channels = shape[0], shape[1]
     if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups != 0:
         raise ValueError(f"num_groups must divide x's {channels} channels, got {num_groups}")
-    if x.numel() == 0:
-        raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
+    if 0 in shape:
+        raise ValueError(f"x must not be empty, got shape {tuple(shape)}")
     if weight is not None:
         _check_channels("weight", weight, (channels,), x)
     if bias is not None:
@@ -78,7 +79,8 @@ def group_norm_silu(
 
 
 def _check_channels(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    check_floating(name, values, 1)
+    if not isinstance(values, Tensor) or values.dtype not in FLOATING:
+        check_floating(name, values, 1)
     if values.shape != shape or values.device != x.device:
         raise ValueError(f"{name} must have shape {shape} on {x.device}, got {describe(values)}")
 
