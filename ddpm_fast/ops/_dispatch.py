@@ -54,6 +54,7 @@ def _load_library() -> str | None:
 
 
 NATIVE_MISSING: str | None = _load_library()
+TRITON_INSTALLED: bool = find_spec("triton") is not None
 FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
@@ -107,7 +108,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return f"its {op} kernel takes {', '.join(sorted(map(str, dtypes)))}, not {dtype}"
     if backend == "native" and NATIVE_MISSING is not None:
         return f"the compiled library is missing: {NATIVE_MISSING}"
-    if backend == "triton" and find_spec("triton") is None:
+    if backend == "triton" and not TRITON_INSTALLED:
         return "triton is not installed"
     return None
 
