@@ -38,3 +38,18 @@ def backend(request) -> str:
     if reason is not None:
         pytest.skip(f"backend {request.param!r}: {reason}")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    """The peer, where it is installed."""
+    return pytest.importorskip("diffusers", reason="diffusers is not installed: pip install ddpm_fast[test]")
+
+
+@pytest.fixture
+def one_thread():
+    """Small ops wait longer for a second thread than they run, most of all on a shared machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

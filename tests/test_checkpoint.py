@@ -19,19 +19,7 @@ CONFIG = UNetConfig((16, 32), (False, True), (True, False), norm_num_groups=8, s
 SETTINGS = {"method": "ddim", "clip": 1.0, "spacing": "trailing", "final_alpha_cumprod": 0.9998999834060669}
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small ops wait longer for a second thread than they run, most of all on a shared machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def diffusers():
-    return pytest.importorskip("diffusers", reason="their models and schedulers are what is converted")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -115,11 +115,6 @@ def test_learned_range():
 
 
 @pytest.fixture(scope="module")
-def diffusers():
-    return pytest.importorskip("diffusers", reason="diffusers is not installed: pip install ddpm_fast[test]")
-
-
-@pytest.fixture(scope="module")
 def hf_unet(diffusers):
     torch.manual_seed(0)
     return diffusers.UNet2DModel(

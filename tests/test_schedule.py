@@ -27,11 +27,6 @@ DERIVED = (
 )
 
 
-@pytest.fixture(scope="module")
-def diffusers():
-    return pytest.importorskip("diffusers")
-
-
 @pytest.mark.parametrize("T", [1, 2, 100, 1000])
 @pytest.mark.parametrize(
     ("ours", "name", "ends"),

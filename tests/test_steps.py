@@ -19,11 +19,6 @@ LINEAR = Schedule.linear()
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 
 
-@pytest.fixture(scope="module")
-def diffusers():
-    return pytest.importorskip("diffusers")
-
-
 def apply_row(row, x, out, noise=0.0, x0_prev=0.0, clip=None):
     """The update of one row, or of N rows given as (9 or 7, N, 1), to x (..., C); out has 2C if learned."""
     p, q, a, b, c, d, s = row[:7]

@@ -76,14 +76,7 @@ CONFIGS = {
 }
 SMALL = UNetConfig((16, 32), (False, True), (True, False), norm_num_groups=8, sample_size=8)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small ops wait longer for a second thread than they run, most of all on a shared machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def diffusers_model(name: str, dtype: torch.dtype = torch.float32):
