@@ -37,10 +37,10 @@ struct Cut {
   int64_t blocks(int64_t batch) const { return batch * tiles * chunks; }
 };
 
-constexpr int kMostThreads = 512;  // 128 registers a thread are left
-constexpr int kEnoughBlocks =
-    128;  // about one a multiprocessor: below it, rather narrow tiles than idle ones
+constexpr int kMostThreads = 512;         // 128 registers a thread are left
 constexpr int kSector = 32, kLine = 128;  // bytes: what memory moves at least, what a warp best asks for
+// About one a multiprocessor: below it, rather narrow tiles than idle ones.
+constexpr int kEnoughBlocks = 128;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -233,7 +233,7 @@ struct Tile {
   }
   __device__ int64_t step(int64_t of) const { return kLast ? pixel_step * of : pixel_step; }
 
-  // Which of two tensors the thread's channels are in, x or skip behind it, and where and how far apart
+  // Which of two tensors the thread's channels are in, x or skip behind it; where they begin and the step
   // there.
   template <typename Pointer>
   __device__ Pointer
