@@ -24,8 +24,8 @@ class Conv2d(nn.Conv2d):
     On the CPU torch lays a weight out for oneDNN anew at every call, which for one image costs up to three
     quarters of the convolution itself. Where nothing is differentiated and x is channels_last float32 or
     bfloat16, this layer does it once for a shape of x and a weight as it is (a change in place shows). The
-    copy is as large as the weight, and no part of the state dict, of copies or of pickles. Elsewhere, autocast
-    and ``torch.compile`` included, it is ``nn.Conv2d``.
+    copy is as large as the weight, and no part of the state dict, of copies or of pickles. Elsewhere, with
+    autocast or ``torch.compile`` for instance, it is ``nn.Conv2d``.
     """
 
     _packed: _Packed | None = None
