@@ -1,7 +1,8 @@
 """pip calls CMake: one extension without sources, whose build is `CMakeLists.txt`.
 
 DDPM_FAST_NATIVE=auto (default) builds the compiled library, or says loudly that there is no compiler and
-installs without it; =require fails instead; =skip does not try.
+installs without it; =require fails instead; =skip does not try. DDPM_FAST_CUDA=auto (default) builds the CUDA
+kernels too where there are nvcc and a torch of the same CUDA; =require and =skip are the same.
 """
 
 import os
@@ -14,9 +15,18 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-WISH = os.environ.get("DDPM_FAST_NATIVE", "auto")
-if WISH not in ("auto", "require", "skip"):
-    sys.exit(f"DDPM_FAST_NATIVE={WISH!r} is not known; allowed: auto, require, skip")
+
+def wish(name):
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "require", "skip"):
+        sys.exit(f"{name}={value!r} is not known; allowed: auto, require, skip")
+    return value
+
+
+NATIVE, CUDA = wish("DDPM_FAST_NATIVE"), wish("DDPM_FAST_CUDA")
+CMAKE_CUDA = {"auto": "AUTO", "require": "ON", "skip": "OFF"}[CUDA]
+if NATIVE == "skip" and CUDA == "require":
+    sys.exit("DDPM_FAST_CUDA=require, but DDPM_FAST_NATIVE=skip builds nothing")
 
 
 def torch_root():
@@ -44,11 +54,12 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             f"-DTORCH_ROOT={torch_root()}",
+            f"-DDDPM_FAST_CUDA={CMAKE_CUDA}",
         ]
         try:
             subprocess.run([*configure, f"-DCMAKE_INSTALL_PREFIX={target}"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            if WISH == "require":
+            if "require" in (NATIVE, CUDA):
                 raise
             self.extensions.clear()
             rule = "*" * 100
@@ -66,6 +77,6 @@ class CMakeBuild(build_ext):
 setup(
     cmdclass={"build_ext": CMakeBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    ext_modules=[] if WISH == "skip" else [Extension("ddpm_fast._C", sources=[], py_limited_api=True)],
-    setup_requires=[] if WISH == "skip" or torch_root() else ["torch>=2.11"],
+    ext_modules=[] if NATIVE == "skip" else [Extension("ddpm_fast._C", sources=[], py_limited_api=True)],
+    setup_requires=[] if NATIVE == "skip" or torch_root() else ["torch>=2.11"],
 )

@@ -12,12 +12,11 @@ more (from the PTX: an access whose address depends on the thread counts once a 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,12 +31,13 @@ from ddpm_fast.ops._triton import (
     counter_normal,
     group_norm_silu,
     group_norm_silu_backward,
+    group_norm_silu_concat,
     posterior_step,
     q_sample,
 )
 
-ARCHITECTURES = (80, 90, 100, 120)
-BUDGET = Path(__file__).parent.parent / "tests" / "codegen_budget.json"
+from .figures import ARCHITECTURES, BUDGET, Figures, Rows, as_json, show, wide_share, write, write_budget
+
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -47,7 +47,8 @@ class Case:
     launch: Callable[[], object]
     """Calls a launcher on CPU tensors; every kernel that it launches is compiled instead."""
     wide: float = 0.9
-    """The least share of bytes in 128-bit accesses; lower only where a layout forbids them."""
+    """The least share of bytes in 128-bit accesses; lower only where a layout forbids them. Kernels that read
+    sums, and no pixels, have none."""
 
 
 # ---- the cases: CIFAR-10 images, as a run has them ----
@@ -111,16 +112,31 @@ CASES = [
 # ---- the U-Net's norms, at a batch that fills a device ----
 
 
-def norm_case(dtype: torch.dtype, last: bool, channels: int, side: int, backward: bool) -> Callable:
+def norm_case(
+    dtype: torch.dtype, last: bool, channels: int, side: int, backward: bool, film: bool
+) -> Callable:
     def launch():
         layout = torch.channels_last if last else torch.contiguous_format
         x = torch.zeros(64, channels, side, side, dtype=dtype).contiguous(memory_format=layout)
         vector, row = torch.zeros(channels, dtype=dtype), torch.zeros(64, channels, dtype=dtype)
-        film = row if side == 32 else None
-        rest = (x, 32, vector, vector, 1e-5, row, film, film, True)
+        factor = row if film else None
+        rest = (x, 32, vector, vector, 1e-5, row, factor, factor, True)
         if backward:
             return group_norm_silu_backward.group_norm_silu_backward(x, *rest)
         return group_norm_silu.group_norm_silu(*rest)
+
+    return launch
+
+
+def concat_case(last: bool, channels: tuple[int, int], side: int, concat: bool) -> Callable:
+    def launch():
+        layout = torch.channels_last if last else torch.contiguous_format
+        x, skip = (
+            torch.zeros(64, c, side, side, dtype=BF16).contiguous(memory_format=layout) for c in channels
+        )
+        vector = torch.zeros(sum(channels), dtype=BF16)
+        rest = (32, vector, vector, 1e-5, None, None, None, True)  # what a residual block's first norm has
+        return group_norm_silu_concat.group_norm_silu_concat(x, skip, *rest, concat)
 
     return launch
 
@@ -130,13 +146,41 @@ CASES += [
     Case(
         f"group_norm_silu{'_backward' * backward} {channels} x {side} x {side} "
         f"{str(dtype).removeprefix('torch.')} {'NHWC' if last else 'NCHW'}{' FiLM' * (side == 32)}",
-        norm_case(dtype, last, channels, side, backward),
+        norm_case(dtype, last, channels, side, backward, film=side == 32),
         wide=0.8 if (side == 4 and backward) or (side == 16 and dtype == BF16 and not last) else 0.9,
     )
     for backward in (False, True)
     for channels, side in ((128, 32), (256, 16), (512, 4))
     for dtype in (FLOAT, BF16)
     for last in (False, True)
+]
+
+# The largest tiles: two groups of 12 channels in one that is a quarter empty, and 64 x 64 pixels; and, at
+# 128 x 128, what is split.
+CASES += [
+    Case("group_norm_silu 384 x 32 x 32 bfloat16 NHWC", norm_case(BF16, True, 384, 32, False, film=False))
+]
+CASES += [
+    Case(
+        f"group_norm_silu{'_backward' * backward} 128 x {side} x {side} "
+        f"{str(dtype).removeprefix('torch.')} {'NHWC' if last else 'NCHW'}",
+        norm_case(dtype, last, 128, side, backward, film=False),
+        wide=0.9 if dtype == FLOAT else 0.8,  # sums are float32
+    )
+    for backward in (False, True)
+    for side in (64, 128)
+    for dtype in (FLOAT, BF16)
+    for last in (False, True)
+]
+CASES += [
+    Case(
+        f"group_norm_silu_concat {channels[0]}+{channels[1]} x {side} x {side} bfloat16 "
+        f"{'NHWC' if last else 'NCHW'}{' built' * concat}",
+        concat_case(last, channels, side, concat),
+    )
+    for channels, side in (((256, 128), 32), ((256, 256), 16), ((128, 128), 128))
+    for last in (False, True)
+    for concat in (False, True)
 ]
 
 
@@ -170,15 +214,6 @@ class Compiler(DriverBase):
 
     def get_benchmarker(self) -> Callable:
         raise NotImplementedError
-
-
-@dataclass
-class Figures:
-    registers: int
-    spilled: int
-    shared: int
-    barriers: int
-    wide: float
 
 
 def compiled(case: Case, arch: int) -> dict[str, Figures]:
@@ -218,40 +253,19 @@ def figures(kernel) -> Figures:
     )
 
 
-def wide_share(ptx: str, threads: int) -> float:
-    """The share of a program's global bytes that accesses of at least 128 bits move."""
-    instructions = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+([^;]+);", ptx, re.M)
-    by_thread: set[str] = set()  # registers that depend on the thread's index
-    known = -1
-    while known != len(by_thread):  # loops carry registers backwards: until nothing is added
-        known = len(by_thread)
-        for op, operands in instructions:
-            if op.startswith("st."):
-                continue  # writes no register
-            written, _, read = operands.partition(", ")
-            if operands.startswith("{"):
-                written, _, read = operands.partition("},")
-            if "%tid" in read or any(r in by_thread for r in re.findall(r"%\w+", read)):
-                by_thread.update(re.findall(r"%\w+", written))
-    moved = {True: 0, False: 0}
-    for op, operands in instructions:
-        if op.startswith(("ld.global", "st.global")):
-            address = operands[operands.index("[") : operands.index("]")]
-            lanes, bits = re.search(r"(?:\.v(\d))?\.[busf](\d+)$", op).groups()
-            size = int(lanes or 1) * int(bits) // 8
-        elif op.startswith("cp.async.c"):
-            _, address, size = (part.strip() for part in operands.split(",")[:3])
-            size = int(size)
-        else:
-            continue
-        each = any(r in by_thread for r in re.findall(r"%\w+", address))
-        moved[size >= 16] += size * (threads if each else 1)
-    return moved[True] / max(1, sum(moved.values()))
+def floors(names: Iterable[str]) -> dict[str, float]:
+    """Row name -> the least `wide`, where it is not the usual one."""
+    by_case = {case.name: case.wide for case in CASES}
+    found = {}
+    for name in names:
+        case, _, kernel = name.rpartition(" ")
+        reads_sums = kernel in ("finish_kernel", "spread_kernel")
+        found[name] = 0.0 if reads_sums else by_case[name if name in by_case else case]
+    return {name: wide for name, wide in found.items() if wide != Case.wide}
 
 
-def report(architectures=ARCHITECTURES, only: str = "") -> dict[str, dict[str, Figures]]:
-    """Row name -> architecture -> figures."""
-    rows: dict[str, dict[str, Figures]] = {}
+def report(architectures=ARCHITECTURES, only: str = "") -> Rows:
+    rows: Rows = {}
     chosen = [case for case in CASES if only in case.name]
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
@@ -272,23 +286,16 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     rows = report(options.arch, options.only)
-    print(f"{'kernel':58s}  sm  registers  spilled  shared  barriers  128-bit")
-    for name, by_arch in rows.items():
-        for arch, row in by_arch.items():
-            print(
-                f"{name:58s} {arch:>3s} {row.registers:10d} {row.spilled:8d} {row.shared:7d} "
-                f"{row.barriers:9d} {row.wide:8.1%}"
-            )
-    floors = {case.name: case.wide for case in CASES if case.wide != Case.wide}
+    show(rows)
     found = {
         "triton": triton.__version__,
-        "wide": floors,
-        "kernels": {name: {arch: asdict(row) for arch, row in rows[name].items()} for name in rows},
+        "wide": floors(rows),
+        "kernels": as_json(rows),
     }
-    for path in ([options.json] if options.json else []) + ([BUDGET] if options.write_budget else []):
-        text = json.dumps(found, indent=1)
-        text = re.sub(r'\{\s+("registers"[^}]*?)\s+\}', lambda m: f"{{{' '.join(m[1].split())}}}", text)
-        path.write_text(text + "\n")  # a row a line
+    if options.json:
+        write(found, options.json)
+    if options.write_budget:
+        write_budget(found)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from .info import info
 from .sampler import Sampler, to_uint8
 from .schedule import Schedule
 from .steps import StepTable
+from .stream import Request
 from .unet import UNet, UNetConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Request",
     "Sampler",
     "Schedule",
     "StepTable",

@@ -30,19 +30,22 @@ class Conv2d(nn.Conv2d):
 
     _packed: _Packed | None = None
 
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H', W'), and ``plus``, of the result's shape, added to it."""
+    def forward(self, x: Tensor, plus: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W'), and ``plus``, of the result's shape, added to it.
+
+        ``bias`` (C_out,) stands for the layer's own.
+        """
+        bias = self.bias if bias is None else bias
         if not self._packable(x):
-            result = super().forward(x)
+            result = self._conv_forward(x, self.weight, bias)
             return result if plus is None else plus + result
         weight = self._pack(x)
         window = (self.padding, self.stride, self.dilation, 1)
         convolve = torch.ops.mkldnn._convolution_pointwise
-        if plus is None:
-            return convolve.default(x, weight, self.bias, *window, "none", [], "")
-        if not plus.is_contiguous(memory_format=torch.channels_last):
-            return plus + convolve.default(x, weight, self.bias, *window, "none", [], "")
-        return convolve.binary(x, plus, weight, self.bias, *window, "add", None, None, [], None)
+        if plus is not None and plus.is_contiguous(memory_format=torch.channels_last):
+            return convolve.binary(x, plus, weight, bias, *window, "add", None, None, [], None)
+        result = convolve.default(x, weight, bias, *window, "none", [], "")
+        return result if plus is None else plus + result
 
     def _packable(self, x: Tensor) -> bool:
         return (

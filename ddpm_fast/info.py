@@ -13,14 +13,14 @@ from .ops import _dispatch
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, whether the library was built and which of its instruction sets runs, and backends.
+    """Versions, devices, whether the libraries were built and which instruction set runs, and backends.
 
     ``backends`` maps each op and device to the backend that runs float32 there and why.
     """
     devices = ["cpu"] + [
         f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())
     ]
-    missing = _dispatch.NATIVE_MISSING
+    missing, cuda_missing = _dispatch.NATIVE_MISSING, _dispatch.CUDA_MISSING
     return {
         "ddpm_fast": version("ddpm_fast"),
         "torch": torch.__version__,
@@ -29,6 +29,7 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "library": str(_dispatch.LIBRARY_FILE) if missing is None else f"none: {missing}",
+        "cuda library": str(_dispatch.CUDA_LIBRARY_FILE) if cuda_missing is None else f"none: {cuda_missing}",
         "cpu kernels": _cpu_kernels() if missing is None else "none",
         "backends": {
             f"{op} on {device}": _backend(op, device)
@@ -46,12 +47,13 @@ def _backend(op: str, device: str) -> str:
         reason = _dispatch.why_not(op, forced, device, dtype)
         return f"{forced} (DDPM_FAST_BACKEND)" + (f", which cannot run: {reason}" if reason else "")
     chosen = _dispatch.FASTEST.get((op, device, dtype), "reference")
-    why = {
-        "native": "the fastest in benchmarks/bench_ops.py",
-        "triton": "moves the fewest bytes; its time is not measured",
-        "reference": _dispatch.why_not(op, "native", device, dtype),
-    }
-    return f"{chosen} ({why[chosen]})"
+    if chosen == "reference":
+        why = _dispatch.why_not(op, "native", device, dtype)
+    elif device == "cpu":
+        why = "the fastest in benchmarks/bench_ops.py"
+    else:
+        why = "moves the fewest bytes; its time is not measured"
+    return f"{chosen} ({why})"
 
 
 def _cpu_kernels() -> str:

@@ -54,6 +54,19 @@ class TorchNoise:
     generator: torch.Generator | Sequence[torch.Generator]
     dtype: torch.dtype
 
+    def generators(self) -> tuple[torch.Generator, ...]:
+        return (self.generator,) if isinstance(self.generator, torch.Generator) else tuple(self.generator)
+
+    def draws_on(self, device: torch.device) -> bool:
+        """Whether every generator is on that device, so that a CUDA graph can draw from such."""
+        places = {(generator.device.type, generator.device.index) for generator in self.generators()}
+        return places <= {(device.type, device.index), (device.type, None)}  # None: the current one
+
+    def of(self, generators: Sequence[torch.Generator]) -> TorchNoise:
+        """The same draws from other generators, as many."""
+        one = isinstance(self.generator, torch.Generator)
+        return TorchNoise(generators[0] if one else list(generators), self.dtype)
+
     def x_T(self, shape: Sequence[int], device: torch.device) -> Tensor:
         return self._draw(tuple(shape), device)
 

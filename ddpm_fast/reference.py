@@ -133,6 +133,27 @@ def group_norm_silu(
     return h.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
+def group_norm_silu_concat(
+    x: Tensor,
+    skip: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str = "silu",
+    concat: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`group_norm_silu` of ``[x, skip]``, concatenated by channels in x's layout; and that, if asked for."""
+    both = torch.cat([x, skip], 1).contiguous(memory_format=memory_format(x))
+    y = group_norm_silu(both, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, act=act)
+    y = y.contiguous(memory_format=memory_format(x))  # with one pixel, say, both layouts are the same
+    return (y, both) if concat else y
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The layout an op keeps: channels_last for a 4-d tensor that is so and nothing else, else contiguous."""
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import ops, steps
+from . import convolution, ops, steps
+from .cuda_graph import Graphs, Stats
+from .engine import Buffers, Model, Network, Step, advancing, evaluating
 from .noise import CounterNoise, Noise, TorchNoise
 from .schedule import Schedule, check_int
 from .steps import StepTable
+from .stream import Request, Stream
+from .threads import worthwhile
+from .unet import UNet
 
-Model = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
 METHODS = {"ddpm": steps.ddpm, "ddim": steps.ddim, "dpm_solver": steps.dpm_solver}
@@ -56,12 +62,23 @@ class Sampler:
         clip: bound of the absolute value of x0, a number or None.
         dtype: what the model runs in; x stays float32. A module is copied, so a later change of its weights
             does not show here. None: as it is, in the dtype of a module's first parameter if that is a half.
+        graph: capture a step as a CUDA graph and replay it, so that the host launches one thing a step.
+            "auto": on CUDA where the model is a module; one that cannot be captured runs launch by launch,
+            with a warning. True: of any model, and one that cannot be captured is an error. False: never.
+            Where there is no memory for the capture, a run goes on without it, with a warning; under autocast
+            none is made. A replay repeats kernels: what the model decides in Python is frozen at the capture
+            (see `cuda_graph.version`), while weights that change in place are seen.
+        channels_last: feed the model 4-d inputs in that layout; a module is copied and its weights converted
+            too. "auto": on CUDA where ``dtype`` is a half, so that the copy is made anyway; on the CPU for
+            our U-Net, which is not copied, since it lays out its weights itself (`convolution.Conv2d`).
 
     Attributes:
         table: the `StepTable` of the run.
+        stats: a `cuda_graph.Stats`, of all runs so far.
 
     Raises:
-        TypeError, ValueError: see `steps`; an unknown method, or an option that is another method's.
+        TypeError, ValueError: see `steps`; an unknown method, or an option that is another method's; a dtype
+            that the model's device cannot compute in; graph=True for a model that is not on CUDA.
     """
 
     def __init__(
@@ -81,6 +98,8 @@ class Sampler:
         order: int | None = None,
         clip: float | None = 1.0,
         dtype: torch.dtype | None = None,
+        graph: bool | str = "auto",
+        channels_last: bool | str = "auto",
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
@@ -92,6 +111,9 @@ class Sampler:
             raise ValueError(f"clip must be None or a positive number, got {clip!r}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
+        for name, value in (("graph", graph), ("channels_last", channels_last)):
+            if value is not True and value is not False and value != "auto":
+                raise ValueError(f"{name} must be 'auto', True or False, got {value!r}")
         options = {"prediction": prediction, "steps_offset": steps_offset}
         if spacing is not None:
             options["spacing"] = spacing
@@ -112,15 +134,33 @@ class Sampler:
         if num_steps is None and counted and isinstance(schedule, Schedule):
             most = len(schedule) - (method == "dpm_solver")  # whose spacings lay out one point more
             num_steps = max(1, min(FEW_STEPS.get(method, most), most))
-        self.table: StepTable = METHODS[method](schedule, num_steps, **options)
+        self._table_of = partial(METHODS[method], schedule, **options)
+        self.table: StepTable = self._table_of(num_steps)
         self.clip = None if clip is None else float(clip)
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        halves = (torch.bfloat16, torch.float16)
+        if parameter is not None:
+            _check_device(parameter.device, dtype, graph)
+            packs = isinstance(model, UNet) and parameter.device.type == "cpu" and convolution.PACKS
+            if channels_last == "auto":
+                channels_last = packs or (parameter.is_cuda and dtype in halves)
+        self.channels_last = channels_last is True
         if isinstance(model, nn.Module):
-            if dtype is not None:
-                model = copy.deepcopy(model).to(dtype)
-            elif (parameter := next(model.parameters(), None)) is not None:
-                dtype = parameter.dtype if parameter.dtype in (torch.bfloat16, torch.float16) else None
+            converts = self.channels_last and not packs  # which lays out its weights itself
+            if dtype is not None or converts:
+                layout = {"memory_format": torch.channels_last} if converts else {}
+                model = copy.deepcopy(model).to(dtype=dtype, **layout)
+            if dtype is None and parameter is not None and parameter.dtype in halves:
+                dtype = parameter.dtype
         self.dtype = dtype
         self.model = model
+        self._network = Network(model, dtype, self.channels_last)
+        self._graphs = Graphs(model, graph)
+
+    @property
+    def stats(self) -> Stats:
+        """What the runs of this sampler have cost so far."""
+        return self._graphs.stats
 
     to_uint8 = staticmethod(to_uint8)
 
@@ -156,14 +196,24 @@ class Sampler:
         Raises:
             TypeError, ValueError: an argument of a wrong kind, shape or combination, named, before any work;
                 a model whose output does not fit.
+            RuntimeError: with graph=True, a model that waits for the device; the message names the op.
         """
-        run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, callback is not None)
-        with _evaluating(self.model), torch.no_grad():
-            for i in tqdm(range(len(self.table)), disable=not progress, desc=self.table.method, unit="step"):
-                run.step(i)
-                if callback is not None:
-                    callback(i, int(self.table.timesteps[i]), run.x, run.x0)
-        return run.x
+        start = time.perf_counter()
+        stores_x0 = callback is not None
+        with evaluating(self.model):
+            run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0)
+            try:
+                count = range(len(self.table))
+                with worthwhile(self.model, run.x):
+                    for i in tqdm(count, desc=self.table.method, unit="step") if progress else count:
+                        run.step(i)
+                        if callback is not None:
+                            callback(i, int(self.table.timesteps[i]), run.x, run.x0)
+                x = run.result()
+            finally:
+                run.close()
+        self._graphs.took(time.perf_counter() - start)
+        return x
 
     def trajectory(
         self,
@@ -186,20 +236,60 @@ class Sampler:
         """
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an int of at least 1, got {every!r}")
-        run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, True)
+        with evaluating(self.model):
+            run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, True)
 
         def walk() -> Iterator[tuple[int, int, Tensor, Tensor]]:
             last = len(self.table) - 1
-            for i in range(last + 1):
-                with _evaluating(self.model), torch.no_grad():
-                    run.step(i)
-                if (i + 1) % every == 0 or i == last:
-                    yield i, int(self.table.timesteps[i]), run.x.clone(), run.x0.clone()
+            try:
+                for i in range(last + 1):
+                    with evaluating(self.model), worthwhile(self.model, run.x):
+                        run.step(i)
+                    if (i + 1) % every == 0 or i == last:
+                        yield i, int(self.table.timesteps[i]), run.x.clone(), run.x0.clone()
+            finally:
+                run.close()
 
         return walk()
 
+    def stream(
+        self,
+        requests: Iterable[Request],
+        *,
+        batch_size: int = 8,
+        shape: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Request, Tensor]]:
+        """Serve requests as they come, in one running batch; yield ``(request, image)`` as they finish.
+
+        A request joins at any step, as soon as a place is free, and leaves after its own last: none waits for
+        a slower one. Its image is that of a run of its own, to the rounding of the model's batch size: the
+        noise is the counter's, of its own seed, index and step.
+
+        Args:
+            requests: `Request`s, may be lazy: the next is asked for when a place is free.
+            batch_size: how many run at a time.
+            shape: of one image, without the batch; default the model's ``sample_shape``.
+
+        Returns:
+            An iterator, in the order of finishing; images float32 ``shape``.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong kind or shape, at once; a request's, when its turn
+                comes.
+        """
+        if not isinstance(requests, Iterable):
+            raise TypeError(f"requests must be iterable, got {type(requests).__name__}")
+        batch_size = check_int("batch_size", batch_size, 1)
+        shape = self._shape(shape, None)
+        device = _device(self.model, None)
+        _check_device(device, self.dtype, self._graphs.graph)
+        stream = Stream(
+            self._network, self._graphs, self._table_of, self.table, self.clip, shape, batch_size, device
+        )
+        return stream.serve(iter(requests))
+
     def _start(self, batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0) -> _Run:
-        """The checked arguments of a call as a run that stands before its first step."""
+        """The checked arguments of a call as a run that stands before its first step; for `evaluating`."""
         several = isinstance(generator, Sequence)
         for one in generator if several else (generator,):
             if one is not None and not isinstance(one, torch.Generator):
@@ -211,24 +301,11 @@ class Sampler:
         if batch_size is None:
             batch_size = len(x_T) if x_T is not None else len(generator) if several else 1
         batch_size = check_int("batch_size", batch_size, 1)
-        if shape is not None:
-            if not isinstance(shape, Sequence):
-                raise TypeError(f"shape must be a sequence without the batch, as (C, H, W), got {shape!r}")
-            shape = tuple(check_int(f"shape[{k}]", size, 1) for k, size in enumerate(shape))
-        if x_T is not None:
-            shape = tuple(x_T.shape[1:]) if shape is None else tuple(shape)
-            if tuple(x_T.shape) != (batch_size, *shape):
-                raise ValueError(f"x_T must have shape {(batch_size, *shape)}, got {tuple(x_T.shape)}")
-        if shape is None:
-            shape = getattr(self.model, "sample_shape", None)
-            if shape is None:
-                raise ValueError(
-                    "shape must be given, as (C, H, W): the model has no sample_shape to take it from"
-                )
-        shape = (batch_size, *shape)
-        if len(shape) < 2:
-            raise ValueError("shape must have at least one dimension besides the batch, got ()")
+        shape = (batch_size, *self._shape(shape, x_T))
+        if x_T is not None and tuple(x_T.shape) != shape:
+            raise ValueError(f"x_T must have shape {shape}, got {tuple(x_T.shape)}")
         device = _device(self.model, x_T)
+        _check_device(device, self.dtype, self._graphs.graph)
 
         source: Noise
         if noise == "counter":
@@ -257,48 +334,105 @@ class Sampler:
             x = x_T.detach().to(device, torch.float32, copy=True).contiguous()
         return _Run(self, x, source, stores_x0)
 
+    def _shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
+        """Of one sample: as given, else as x_T's, else the model's own."""
+        if shape is not None:
+            if not isinstance(shape, Sequence):
+                raise TypeError(f"shape must be a sequence without the batch, as (C, H, W), got {shape!r}")
+            shape = tuple(check_int(f"shape[{k}]", size, 1) for k, size in enumerate(shape))
+        elif x_T is not None:
+            shape = tuple(x_T.shape[1:])
+        else:
+            shape = getattr(self.model, "sample_shape", None)
+            if shape is None:
+                raise ValueError(
+                    "shape must be given, as (C, H, W): the model has no sample_shape to take it from"
+                )
+        if len(shape) < 1:
+            raise ValueError("shape must have at least one dimension besides the batch, got ()")
+        return shape
+
 
 class _Run:
-    """A run under way: the buffers that every step reads and writes."""
+    """A run under way: what every step reads and writes, and how it is launched."""
 
     def __init__(self, sampler: Sampler, x: Tensor, noise: Noise, stores_x0: bool) -> None:
-        table = sampler.table
-        self.model, self.dtype = sampler.model, sampler.dtype
-        self.x, self.noise = x, noise
-        self.x0 = torch.empty_like(x) if stores_x0 or table.uses_x0_prev else None
-        self.move = ops.bind_step(x, table, x0=self.x0, clip=sampler.clip, **noise.counter())
-        self.indices = torch.arange(len(table), device=x.device).unbind()
-        self.times = table.timesteps_tensor(x.device)[:, None].expand(-1, len(x)).unbind()
-        self.draws = table.draws.tolist()
+        table, network = sampler.table, sampler._network
+        timesteps = table.timesteps_tensor(x.device)
+        self.noise, self.draws = noise, table.draws.tolist()
+        self.graphs = sampler._graphs
+        indices = torch.arange(len(table), device=x.device).unbind()
+        buffers = Buffers(
+            x=x,
+            x0=torch.empty_like(x) if stores_x0 or table.uses_x0_prev else None,
+            i=indices[0],
+            table=table.tensor(x.device),
+            timesteps=timesteps,
+            rows=network.time_rows(timesteps),
+            **noise.counter(),
+        )
+        drawing = isinstance(noise, TorchNoise) and any(self.draws)
+        self.generators = noise.generators() if drawing and noise.draws_on(x.device) else ()
+        self.noise_is_given = drawing and not self.generators
 
-    def step(self, i: int) -> None:
-        x = self.x if self.dtype is None else self.x.to(self.dtype)
-        out = self.model(x, self.times[i])
-        if not isinstance(out, Tensor):
-            raise TypeError(
-                f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "
-                "lambda x, t: model(x, t).sample"
-            )
-        self.move(out, self.indices[i], self.noise.draw(self.x) if self.draws[i] else None)
+        def bind(buffers: Buffers, own: Sequence[torch.Generator]) -> Callable[[], None]:
+            drawn = noise.of(own) if own else None
+            step = network.bind(buffers, sampler.clip)
+            return advancing(step, buffers, lambda: drawn.draw(buffers.x) if own else buffers.noise)
 
+        inputs = replace(buffers, noise=torch.zeros_like(x)) if self.noise_is_given else buffers
+        settings = (sampler.clip, sampler.dtype, sampler.channels_last, len(self.generators))
+        self.captured = self.graphs.take(inputs, bind, self.generators, settings)
+        if self.captured is not None:
+            self.x, self.x0 = self.captured.buffers.x, self.captured.buffers.x0
+            self.step = self._replay
+            return
+        self.x, self.x0 = buffers.x, buffers.x0
+        self.step = self._launching(network.bind(buffers, sampler.clip), indices, timesteps)
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """A module in eval mode; each of its parts as it was afterwards."""
-    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+    def _launching(self, step: Step, indices: Sequence[Tensor], timesteps: Tensor) -> Callable[[int], None]:
+        """Indices and times as views that are made once: cheaper than an increment and a look-up a step."""
+        x, draw, draws = self.x, self.noise.draw, self.draws
+        times = timesteps[:, None].expand(-1, len(x)).unbind()
+
+        def launch(i: int) -> None:
+            step(indices[i], times[i], draw(x) if draws[i] else None)
+
+        return launch
+
+    def _replay(self, i: int) -> None:
+        """The noise of torch's generators is drawn at just the steps at which diffusers draws."""
+        if self.noise_is_given and self.draws[i]:
+            self.captured.buffers.noise.copy_(self.noise.draw(self.x))
+        for own, given in zip(self.captured.generators, self.generators, strict=True):
+            own.set_state(given.get_state())
+        self.graphs.replay(self.captured)
+        if self.draws[i]:
+            for own, given in zip(self.captured.generators, self.generators, strict=True):
+                given.set_state(own.get_state())
+
+    def result(self) -> Tensor:
+        """x, which no later run writes to."""
+        return self.x if self.captured is None else self.x.clone()
+
+    def close(self) -> None:
+        """Let another run have the captured step."""
+        if self.captured is not None:
+            self.graphs.give_back(self.captured)
 
 
 def _check_floating(name: str, x: Any) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating Tensor, got {given}")
+
+
+def _check_device(device: torch.device, dtype: torch.dtype | None, graph: bool | str) -> None:
+    if graph is True and device.type != "cuda":
+        raise ValueError(f"graph=True needs a model on CUDA, got one on {device}; there 'auto' or False")
+    is_half = dtype == torch.bfloat16 and device.type == "cuda"
+    if is_half and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"dtype bfloat16 is not supported by {device}; allowed: float32, float16")
 
 
 def _device(model: Any, x_T: Tensor | None) -> torch.device:

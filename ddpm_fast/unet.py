@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .convolution import Conv2d
 
-__all__ = ["UNet", "UNetConfig", "timestep_embedding"]
+__all__ = ["TimeRows", "UNet", "UNetConfig", "timestep_embedding"]
 
 
 @dataclass(frozen=True)
@@ -167,17 +168,76 @@ def timestep_embedding(
     return F.pad(waves, (0, 1)) if dim % 2 else waves
 
 
+@dataclass(frozen=True)
+class TimeRows:
+    """What a :class:`UNet` computes once a run, before it sees an image; see `UNet.time_rows`.
+
+    Attributes:
+        values: ``(N * K, sum(widths))``: each of N times with each of K classes through every residual
+            block's projection, the blocks side by side. A row is all that one image reads at one step.
+        biases: ``(sum(bias_widths),)``: `ResBlock.last_bias` of the blocks that have one.
+        labels: ``(B,)`` int64: which of the K classes each image has; None for a model without classes.
+    """
+
+    values: Tensor
+    widths: tuple[int, ...]
+    biases: Tensor
+    bias_widths: tuple[int, ...]
+    labels: Tensor | None
+    classes: int
+
+
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm``'s parameters on the fused op: `ops.group_norm_silu` explains the keywords."""
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, **fused)
 
+    def of_two(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of [x, skip], and [x, skip], in one pass over both."""
+        return ops.group_norm_silu_concat(
+            x, skip, self.num_groups, self.weight, self.bias, self.eps, concat=True
+        )
+
+
+class RowLinear(nn.Linear):
+    """``nn.Linear`` on (rows, features); a row's result in float32 on the CPU is the same among any others.
+
+    A BLAS sums in another order for another count of rows. As a batch of products of one row each they are
+    bit-equal; without a gradient, since that of the repeated weight would be a weight a row.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling()
+        if plain or torch.is_grad_enabled():
+            return super().forward(x)
+        weight = self.weight.t().expand(len(x), -1, -1)
+        return torch.baddbmm(self.bias, x[:, None], weight)[:, 0]
+
+
+class Shortcut(nn.Conv2d):
+    """1x1 convolution of ``x`` without its bias, added in place to ``h``: one pass over it instead of three.
+
+    (B, C_in, H, W), (B, C_out, H, W) -> (B, C_out, H, W), in ``h``'s layout.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        x, weight = x.to(h.dtype), self.weight.to(h.dtype).flatten(1)  # they differ under autocast only
+        if h.is_contiguous():
+            h.flatten(2).baddbmm_(weight.expand(len(h), -1, -1), x.flatten(2))
+        else:
+            h.permute(0, 2, 3, 1).flatten(0, 2).addmm_(x.permute(0, 2, 3, 1).flatten(0, 2), weight.t())
+        return h
+
 
 class ResBlock(nn.Module):
     """norm, SiLU, conv, time, norm, SiLU, dropout, conv, plus the input: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    ``temb`` is the time embedding *after* its SiLU, (B, time_dim): every block would begin with the same one.
+    ``time`` is what `time_emb_proj` made of the time embedding, (B, C_out) or (B, 2 C_out), and ``bias`` is
+    `last_bias`: neither depends on x, so that a run computes them once. With ``skip`` the input is [x, skip].
     """
 
     def __init__(
@@ -187,24 +247,30 @@ class ResBlock(nn.Module):
         self.output_scale = output_scale
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.norm1 = GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         time_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
-        self.time_emb_proj = nn.Linear(time_dim, out_channels * (2 if self.scale_shift else 1))
+        self.time_emb_proj = RowLinear(time_dim, out_channels * (2 if self.scale_shift else 1))
         self.norm2 = GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        same = in_channels == out_channels
-        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = _zero(Conv2d(out_channels, out_channels, 3, padding=1))
+        self.widens = in_channels != out_channels
+        self.conv_shortcut = Shortcut(in_channels, out_channels) if self.widens else nn.Identity()
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        time = self.time_emb_proj(temb)
+    def last_bias(self) -> Tensor | None:
+        """(C_out,): of the second convolution and the shortcut's together, where there is such a one."""
+        return self.conv2.bias + self.conv_shortcut.bias if self.widens else None
+
+    def forward(self, x: Tensor, time: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
+        h = self.conv1(h)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=time)
-        return _residual(self.conv_shortcut(x), self.conv2(self.dropout(h)), self.output_scale)
+        h = self.dropout(h)
+        h = self.conv_shortcut(x, self.conv2(h, bias=bias)) if self.widens else self.conv2(h, plus=x)
+        return h if self.output_scale == 1 else h / self.output_scale
 
 
 class Attention(nn.Module):
@@ -225,7 +291,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.group_norm is None else self.group_norm(x, act="none")
-        qkv = self.to_qkv(h.flatten(2).transpose(1, 2))  # (B, HW, 3C)
+        tokens = h.flatten(2).transpose(1, 2).contiguous()  # else the bias would be a pass of its own
+        qkv = self.to_qkv(tokens)  # (B, HW, 3C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
         h = self.to_out(h.transpose(1, 2).flatten(2))  # (B, HW, C)
@@ -237,7 +304,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
@@ -248,7 +315,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -292,14 +359,14 @@ class UNet(nn.Module):
 
         self.time_embedding = nn.Sequential(
             OrderedDict(
-                linear_1=nn.Linear(width, time_dim),
+                linear_1=RowLinear(width, time_dim),
                 act=nn.SiLU(),
-                linear_2=nn.Linear(time_dim, time_dim),
+                linear_2=RowLinear(time_dim, time_dim),
             )
         )
         classes = config.num_class_embeds
         self.class_embedding = None if classes is None else nn.Embedding(classes, time_dim)
-        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, width, 3, padding=1)
 
         skips = [width]
         self.down_blocks = nn.ModuleList()
@@ -326,7 +393,7 @@ class UNet(nn.Module):
             width = out
 
         self.conv_norm_out = GroupNorm(groups, width, config.norm_eps)
-        self.conv_out = _zero(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        self.conv_out = _zero(Conv2d(width, config.out_channels, 3, padding=1))
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -350,47 +417,125 @@ class UNet(nn.Module):
         Raises:
             ValueError: a shape or dtype that the model cannot take, or class labels missing or not expected.
         """
-        self._check(x, class_labels)
-        temb = self._embed(t, x, class_labels)
+        self._check(x)
+        self._check_labels(class_labels, x.shape[:1])
+        temb = self._embed(self._times(t, x), class_labels)
+        times = [block.time_emb_proj(temb).expand(len(x), -1) for block in self._blocks()]
+        return self._body(x, times, [block.last_bias() for block in self._blocks()])
+
+    def time_rows(self, timesteps: Tensor, class_labels: Tensor | None = None) -> TimeRows:
+        """All that the network makes of the times of a run, and of its classes, for `forward_rows`.
+
+        A later change of the weights does not show in it: compute it once a run.
+
+        Args:
+            timesteps: ``(N,)``, integer or floating, on the parameters' device: the time of each step.
+            class_labels: ``(B,)`` int64, of a class-conditional model; one row a step for each that differs.
+
+        Raises:
+            ValueError: a shape that does not fit, or class labels missing or not expected.
+        """
+        if timesteps.dim() != 1 or not len(timesteps):
+            raise ValueError(f"timesteps must have shape (N,), N >= 1, got {tuple(timesteps.shape)}")
+        self._check_labels(class_labels, None if class_labels is None else class_labels.shape[:1])
+        t, labels, classes = self._times(timesteps, timesteps), None, 1
+        if class_labels is None:
+            temb = self._embed(t, None)
+        else:
+            distinct, labels = class_labels.unique(return_inverse=True)
+            classes = len(distinct)
+            temb = self._embed(t.repeat_interleave(classes), distinct.repeat(len(t)))
+        times = [block.time_emb_proj(temb) for block in self._blocks()]
+        biases = [block.last_bias() for block in self._blocks()]
+        biases = [times[0].new_empty(0) if bias is None else bias for bias in biases]
+        return TimeRows(
+            values=torch.cat(times, dim=1),
+            widths=tuple(time.shape[1] for time in times),
+            biases=torch.cat(biases),
+            bias_widths=tuple(len(bias) for bias in biases),
+            labels=labels,
+            classes=classes,
+        )
+
+    def forward_rows(self, x: Tensor, rows: TimeRows, i: Tensor) -> Tensor:
+        """`forward` at step ``i`` of a run, its time read from `time_rows`: bit-equal in float32 on the CPU.
+
+        Args:
+            x: as in `forward`, on the rows' device.
+            rows: of this model, its class labels (if any) as many as ``x`` has images.
+            i: the step, 0-d or ``(B,)`` int64, on that device; its value is not read on the host.
+
+        Raises:
+            ValueError: a shape or dtype that the model cannot take.
+        """
+        self._check(x)
+        batch = len(x)
+        if i.shape not in ((), (batch,)):
+            raise ValueError(f"i must have shape () or ({batch},), got {tuple(i.shape)}")
+        if rows.labels is not None:
+            self._check_labels(rows.labels, x.shape[:1])
+            i = i * rows.classes + rows.labels
+        values = rows.values.index_select(0, i.reshape(-1)).expand(batch, -1)
+        return self._body(x, values.split(rows.widths, dim=1), rows.biases.split(rows.bias_widths))
+
+    def is_plain(self) -> bool:
+        """Whether `forward_rows` may stand for a call: no subclass, hook or patched forward would miss it."""
+        return (
+            type(self) is UNet
+            and "forward" not in vars(self)
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
+        )
+
+    def _blocks(self) -> Iterator[ResBlock]:
+        """Every residual block, in the order in which the network calls them."""
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from level.resnets
+
+    def _body(self, x: Tensor, times: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        """The network on x and what does not depend on it: each block's `time` and `bias`."""
+        given = iter(zip(times, biases, strict=True))
         h = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [h]
         for level in self.down_blocks:
             for resnet, attention in zip(level.resnets, level.attentions, strict=True):
-                h = attention(resnet(h, temb))
+                h = attention(resnet(h, *next(given)))
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h)
                 skips.append(h)
         for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
-            h = attention(resnet(h, temb))
+            h = attention(resnet(h, *next(given)))
         for level in self.up_blocks:
             for resnet, attention in zip(level.resnets, level.attentions, strict=True):
-                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), temb))
+                h = attention(resnet(h, *next(given), skips.pop()))
             if level.resample is not None:
                 h = level.resample(h)
         return self.conv_out(self.conv_norm_out(h))
 
-    def _embed(self, t: Tensor | float, x: Tensor, class_labels: Tensor | None) -> Tensor:
-        """SiLU of the embedding of time and class: (B, time_dim)."""
-        batch, dtype = x.shape[0], self.time_embedding.linear_1.weight.dtype
+    def _times(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """A time for each of x's B samples, ``(B,)``, or one for all, ``(1,)``: floating, on x's device."""
+        batch, dtype = len(x), self.time_embedding.linear_1.weight.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         if not isinstance(t, Tensor):
             t = torch.full((), t, dtype=exact, device=x.device)
         if t.shape not in ((), (1,), (batch,)):
             raise ValueError(f"t must be a number or have shape () or ({batch},), got {tuple(t.shape)}")
-        t = t.to(device=x.device, dtype=exact).expand(batch)
+        return t.to(device=x.device, dtype=exact).reshape(-1)
+
+    def _embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """SiLU of the embedding of time and class, which broadcast: (1 or B, time_dim)."""
         waves = timestep_embedding(
             t,
             self.config.block_out_channels[0],
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         )
-        embedding = self.time_embedding(waves.to(dtype))
+        embedding = self.time_embedding(waves.to(self.time_embedding.linear_1.weight.dtype))
         if class_labels is not None:
             embedding = embedding + self.class_embedding(class_labels)
         return F.silu(embedding)
 
-    def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
+    def _check(self, x: Tensor) -> None:
         channels, factor = self.config.in_channels, 2 ** (len(self.config.block_out_channels) - 1)
         if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(
@@ -398,13 +543,15 @@ class UNet(nn.Module):
             )
         if x.dtype != self.conv_in.weight.dtype:
             raise ValueError(f"x is {x.dtype} and the model's parameters are {self.conv_in.weight.dtype}")
+
+    def _check_labels(self, class_labels: Tensor | None, shape: tuple[int] | None) -> None:
         if (class_labels is None) != (self.class_embedding is None):
             state = "needs" if class_labels is None else "has no class embedding and takes no"
             raise ValueError(
                 f"this U-Net {state} class_labels (num_class_embeds={self.config.num_class_embeds})"
             )
-        if class_labels is not None and class_labels.shape != x.shape[:1]:
-            raise ValueError(f"class_labels must have shape ({x.shape[0]},), got {tuple(class_labels.shape)}")
+        if class_labels is not None and class_labels.shape != shape:
+            raise ValueError(f"class_labels must have shape {tuple(shape)}, got {tuple(class_labels.shape)}")
 
 
 def _residual(x: Tensor, h: Tensor, output_scale: float) -> Tensor:

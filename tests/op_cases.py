@@ -194,10 +194,31 @@ def eager_group_norm_silu(x, num_groups, weight, bias, eps, add, scale, shift, a
     return F.silu(h) if act == "silu" else h
 
 
+# ---- group_norm_silu_concat ----
+
+
+def _concat_inputs(shape, skip_channels, groups, *, concat=False, **given):
+    """`_norm_inputs` of x and skip together, cut in two."""
+
+    def make(g):
+        inputs = _norm_inputs((shape[0], shape[1] + skip_channels, *shape[2:]), groups, **given)(g)
+        x, skip = (v.clone() for v in inputs.pop("x").split([shape[1], skip_channels], 1))
+        return {"x": x, "skip": skip, **inputs, "concat": concat}
+
+    return make
+
+
+def eager_group_norm_silu_concat(x, skip, num_groups, weight, bias, eps, add, scale, shift, act, concat):
+    both = torch.cat([x, skip], 1)
+    y = eager_group_norm_silu(both, num_groups, weight, bias, eps, add, scale, shift, act)
+    return (y, both) if concat else y
+
+
 EAGER = {
     "q_sample": eager_q_sample,
     "posterior_step": eager_posterior_step,
     "group_norm_silu": eager_group_norm_silu,
+    "group_norm_silu_concat": eager_group_norm_silu_concat,
 }
 
 
@@ -252,6 +273,25 @@ def _cases() -> list[Case]:
     add("group_norm_silu", "spike", _norm_inputs((2, 64, 32, 32), 32, spike=1e4))
     add("group_norm_silu", "sky", _norm_inputs((1, 32, 64, 64), 8, sky=300.0))
     add("group_norm_silu", "constant", _norm_inputs((2, 32, 8, 8), 8, std=0.0, mean=3.0))
+
+    def concat(name, *args, **given):
+        add("group_norm_silu_concat", name, _concat_inputs(*args, **given))
+
+    concat("cifar-straddling", (2, 256, 16, 16), 128, 32, eps=1e-6)
+    concat("built", (2, 256, 8, 8), 128, 32, concat=True)
+    concat("halves", (3, 32, 8, 8), 32, 16)
+    concat("halves-built", (1, 64, 16, 16), 64, 32, concat=True)
+    concat("odd", (1, 5, 7, 5), 7, 3, add=True, concat=True)
+    concat("last-register", (2, 2, 5, 3), 62, 4)
+    concat("everything", (3, 58, 9, 7), 38, 32, add=True, film=True, concat=True)
+    concat("one-group", (2, 13, 6, 6), 7, 1, film=True)
+    concat("instance", (2, 13, 6, 6), 7, 20, act="none")
+    concat("one-pixel", (5, 40, 1, 1), 24, 16, concat=True)
+    concat("vectors", (7, 30), 18, 6, add=True)
+    concat("video", (2, 10, 3, 5, 7), 6, 4, concat=True)
+    concat("large-image", (1, 40, 96, 96), 24, 16, add=True, concat=True)
+    concat("large-mean", (2, 40, 16, 16), 24, 16, mean=1e4, std=1e-2, add=True)
+    concat("spike", (2, 40, 16, 16), 24, 16, spike=1e4)
     return cases
 
 

@@ -1,14 +1,16 @@
-"""Installing with no compiler succeeds and says so; each instruction set's kernels pass the ops' tests."""
+"""Installing without a compiler or nvcc succeeds and says so; each instruction set passes the ops' tests."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddpm_fast.ops import _dispatch
 
@@ -88,10 +90,96 @@ def test_a_required_library_is_required(tmp_path):
     assert done.returncode != 0 and not wheels
 
 
-def test_an_unknown_wish_is_named(tmp_path):
-    done, wheels = wheel(tmp_path, DDPM_FAST_NATIVE="maybe")
+@pytest.mark.parametrize("name", ["DDPM_FAST_NATIVE", "DDPM_FAST_CUDA"])
+def test_an_unknown_wish_is_named(name, tmp_path):
+    done, wheels = wheel(tmp_path, **{name: "maybe"})
     assert done.returncode != 0 and not wheels
-    assert "DDPM_FAST_NATIVE='maybe' is not known; allowed: auto, require, skip" in done.stdout + done.stderr
+    assert f"{name}='maybe' is not known; allowed: auto, require, skip" in done.stdout + done.stderr
+
+
+# ---- the CUDA library ----
+
+
+def configure(tmp_path, torch_root, wish, **environment):
+    """CMake's own answer, without building."""
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+    command += [f"-DTORCH_ROOT={torch_root}", f"-DDDPM_FAST_CUDA={wish}"]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def torch_with_cuda(tmp_path) -> Path:
+    """As much of a torch of CUDA 13 as CMake looks at."""
+    for name in ("include/torch/csrc/stable/library.h", "lib/libtorch_cpu.so", "lib/libtorch_cuda.so"):
+        (tmp_path / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "torch" / name).touch()
+    (tmp_path / "torch" / "version.py").write_text(
+        "cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
+    )
+    return tmp_path / "torch"
+
+
+NO_NVCC = {"CUDACXX": "/nowhere/nvcc"}
+
+
+def test_without_nvcc_there_is_no_cuda_library_and_one_line_says_so(tmp_path, torch_with_cuda):
+    done = configure(tmp_path, torch_with_cuda, "AUTO", **NO_NVCC)
+    assert done.returncode == 0, done.stderr
+    assert "-- CUDA C++ is not built: CMake finds no CUDA compiler that works (nvcc)\n" in done.stdout
+
+
+def test_a_torch_without_cuda_gets_none(tmp_path, torch_with_cuda):
+    (torch_with_cuda / "version.py").write_text("cuda: Optional[str] = None\nhip: Optional[str] = None\n")
+    done = configure(tmp_path, torch_with_cuda, "AUTO")
+    assert done.returncode == 0 and "-- CUDA C++ is not built: this torch has no CUDA\n" in done.stdout
+
+
+def test_a_torch_of_another_cuda_gets_none(tmp_path, torch_with_cuda):
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc on the PATH")
+    (torch_with_cuda / "version.py").write_text("cuda: Optional[str] = '11.8'\n")
+    done = configure(tmp_path, torch_with_cuda, "AUTO")
+    assert done.returncode == 0 and "torch is of CUDA 11\n" in done.stdout
+
+
+def test_a_required_cuda_library_is_required(tmp_path, torch_with_cuda):
+    done = configure(tmp_path, torch_with_cuda, "ON", **NO_NVCC)
+    assert done.returncode != 0
+    assert "DDPM_FAST_CUDA=ON, but CMake finds no CUDA compiler that works" in done.stderr
+    assert "CUDA C++ is not built" not in done.stdout
+
+
+def test_a_library_that_does_not_load_is_a_reason_and_no_warning(tmp_path, monkeypatch, recwarn):
+    broken = tmp_path / "_C_cuda.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_dispatch, "CUDA_LIBRARY_FILE", broken)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert _dispatch._load_cuda().startswith("it does not load (")
+    broken.unlink()
+    assert _dispatch._load_cuda() == (
+        "it was not built when ddpm_fast was installed (no nvcc of torch's CUDA, or DDPM_FAST_CUDA=skip)"
+    )
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _dispatch._load_cuda() == "this torch has no CUDA"
+    monkeypatch.setattr(_dispatch, "CUDA_MISSING", "this torch has no CUDA")
+    reason = _dispatch.why_not("q_sample", "native", "cuda", torch.float32)
+    assert reason == "the compiled CUDA library is missing: this torch has no CUDA"
+    assert not recwarn.list
+
+
+def test_on_cuda_triton_comes_first_then_the_library(monkeypatch):
+    """An order, since no time is measured there."""
+    monkeypatch.setattr(_dispatch, "CUDA_MISSING", None)
+    monkeypatch.setattr(_dispatch, "TRITON_INSTALLED", True)
+    assert _dispatch._fastest("q_sample", "cuda", torch.bfloat16) == "triton"
+    monkeypatch.setattr(_dispatch, "TRITON_INSTALLED", False)
+    assert _dispatch._fastest("q_sample", "cuda", torch.bfloat16) == "native"
+    monkeypatch.setattr(_dispatch, "CUDA_MISSING", "it was not built")
+    assert _dispatch._fastest("q_sample", "cuda", torch.bfloat16) == "reference"
+    assert "cpu" not in {device for _, backend, device in _dispatch._KERNELS if backend == "triton"}
+
+
+# ---- instruction sets ----
 
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])

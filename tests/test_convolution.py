@@ -20,6 +20,11 @@ WINDOWS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)  # the layers' weights
+
+
 def channels_last(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
 
@@ -32,7 +37,7 @@ def packs():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 64, 9, 7), (3, 33, 8, 8), (1, 8, 3, 3)])
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 64, 9, 7), (3, 33, 8, 8), (1, 8, 5, 5)])
 def test_against_float64(shape, window, dtype, generator, packs):
     conv = Conv2d(shape[1], 20, **WINDOWS[window])
     x = channels_last(*shape, generator=generator).to(dtype)

@@ -13,9 +13,12 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 ORDER = (
     {"schedule", "reference"},
     {"ops._triton"},
-    {"ops"},
+    {"ops", "convolution"},
     {"unet", "losses", "noise", "steps"},
+    {"threads"},
+    {"engine"},
     {"cuda_graph"},
+    {"stream"},
     {"sampler"},
     {"checkpoint", "training", "generate", "info", "pictures"},
     {"compat"},

@@ -36,8 +36,9 @@ def test_against_float64(case, dtype, layout, backend, generator, poisoned):
         assert g.dtype == dtype
         check_error_rule(g, e, x)
     if case.op != "posterior_step":
-        x = inputs["x" if case.op == "group_norm_silu" else "x0"]
-        assert got[0].stride() == x.contiguous(memory_format=reference.memory_format(x)).stride()
+        x = inputs["x0" if case.op == "q_sample" else "x"]
+        for g in got:
+            assert g.stride() == g.contiguous(memory_format=reference.memory_format(x)).stride()
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op in ("q_sample", "posterior_step")], ids=names)
@@ -110,6 +111,22 @@ def test_a_large_mean_cancels_nowhere(name, layout, generator):
     assert error <= 1e-4 * exact.abs().max()
 
 
+CONCATENATED = next(c for c in CASES if c.op == "group_norm_silu_concat" and c.name == "odd")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_skip_in_any_layout(layout, backend, generator):
+    inputs = cast(CONCATENATED.inputs(generator), torch.float32, layout)
+    skip = inputs.pop("skip")
+    expected = ops.group_norm_silu_concat(**inputs, skip=skip, backend=backend)
+    assert torch.equal(expected[1], torch.cat([inputs["x"], skip], 1))
+    channels_last = skip.contiguous(memory_format=torch.channels_last)
+    for other in (skip.contiguous(), channels_last, skip.mT.contiguous().mT):
+        got = ops.group_norm_silu_concat(**inputs, skip=other, backend=backend)
+        for g, e in zip(got, expected, strict=True):
+            assert torch.equal(g, e) and g.stride() == e.stride()
+
+
 def test_the_poison_is_in_every_output(poisoned, monkeypatch):
     """An output of each native op that its kernel had not written would be NaN."""
     assert torch.empty(5).isnan().all() and torch.empty_like(torch.zeros(2, 3, 4, 5)).isnan().all()
@@ -154,14 +171,14 @@ def test_a_step_in_place_is_seen_by_autograd(backend, generator):
 
 # ---- gradients ----
 
-NORMS = [c for c in CASES if c.op == "group_norm_silu"]
+NORMS = [c for c in CASES if c.op.startswith("group_norm_silu")]
 
 
 @pytest.mark.parametrize("case", NORMS, ids=names)
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norm_gradients_against_float64_autograd(case, dtype, layout, backend, generator):
-    """To x, weight, bias, add, scale, shift, through `torch.nn.functional.group_norm` in float64."""
+    """To x, skip, weight, bias, add, scale, shift, through `torch.nn.functional.group_norm` in float64."""
     if case.name in ("constant", "tiny"):
         pytest.skip("the gradient is divided by a standard deviation that rounding has made")
     inputs = cast(case.inputs(generator), dtype, layout)
@@ -169,16 +186,26 @@ def test_norm_gradients_against_float64_autograd(case, dtype, layout, backend, g
 
     def gradients(run, inputs):
         leaves = {k: inputs[k].detach().clone().requires_grad_() for k in tensors}
-        y = run(**inputs | leaves)
-        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+        outputs, g = tuple_of(run(**inputs | leaves)), torch.Generator().manual_seed(0)
+        upstream = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in outputs]
+        return torch.autograd.grad(outputs, list(leaves.values()), upstream)
 
-    exact = gradients(EAGER["group_norm_silu"], upcast(inputs))
-    eager = gradients(EAGER["group_norm_silu"], inputs)
-    got = gradients(lambda **k: ops.group_norm_silu(**k, backend=backend), inputs)
+    exact = gradients(EAGER[case.op], upcast(inputs))
+    eager = gradients(EAGER[case.op], inputs)
+    got = gradients(lambda **k: getattr(ops, case.op)(**k, backend=backend), inputs)
     for name, g, e, x in zip(tensors, got, eager, exact, strict=True):
         assert g.dtype == dtype and g.shape == x.shape
         check_error_rule(g, e, x, name)
+
+
+def test_gradients_through_the_concatenation_alone(backend, generator):
+    inputs = cast(CONCATENATED.inputs(generator), torch.float32)
+    leaves = [inputs[k].requires_grad_() for k in ("x", "skip")]
+    _, both = ops.group_norm_silu_concat(**inputs, backend=backend)
+    upstream = torch.randn(both.shape, generator=generator)
+    got = torch.autograd.grad(both, leaves, upstream)
+    for g, e in zip(got, upstream.split([5, 7], 1), strict=True):
+        assert torch.equal(g, e)
 
 
 def test_norm_gradcheck(generator):
@@ -244,8 +271,8 @@ def registered(op, inputs):
             inputs["x0_prev"],
             inputs["clip"],
         )
-    if op == "group_norm_silu":
-        return (*list(inputs.values())[:-1], inputs["act"] == "silu")
+    if op.startswith("group_norm_silu"):
+        return tuple((inputs | {"act": inputs["act"] == "silu"}).values())
     return tuple(inputs.values())
 
 
@@ -259,7 +286,7 @@ def test_opcheck(case, generator):
         for value in inputs.values():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 value.requires_grad_()
-        inputs.get("table", inputs.get("x")).requires_grad_(case.op == "group_norm_silu")
+        inputs.get("table", inputs.get("x")).requires_grad_("x" in inputs)
     args = registered(case.op, inputs)
     torch.library.opcheck(getattr(torch.ops.ddpm_fast, case.op).default, args)
     if case.op == "posterior_step":
@@ -379,6 +406,17 @@ BAD = [
     bad("group_norm_silu", ValueError, "x must not be empty", x=z(0, 128, 4, 4)),
     bad("group_norm_silu", ValueError, "at least 2 dimensions", x=z(128)),
     bad("group_norm_silu", TypeError, "x must be a Tensor", x=3.0),
+    bad("group_norm_silu_concat", TypeError, "skip must be a Tensor", skip=None),
+    bad("group_norm_silu_concat", TypeError, "skip must be float32", skip=z(2, 128, 16, 16).int()),
+    bad("group_norm_silu_concat", ValueError, r"skip must be like x, \(2, 256", skip=z(2, 128, 16, 15)),
+    bad("group_norm_silu_concat", ValueError, "skip must be like x", skip=z(1, 128, 16, 16)),
+    bad("group_norm_silu_concat", ValueError, "skip must be like x", skip=z(2, 128, 256)),
+    bad("group_norm_silu_concat", ValueError, "skip must be like x", skip=z(2, 0, 16, 16)),
+    bad("group_norm_silu_concat", ValueError, "skip must be like x", skip=z(2, 128, 16, 16).bfloat16()),
+    bad("group_norm_silu_concat", ValueError, "divide x and skip's 384 channels, got 33", num_groups=33),
+    bad("group_norm_silu_concat", ValueError, r"weight must have shape \(384,\)", weight=z(256)),
+    bad("group_norm_silu_concat", ValueError, r"add must have shape \(2, 384\)", add=z(2, 256)),
+    bad("group_norm_silu_concat", ValueError, "x must not be empty", x=z(2, 0, 16, 16)),
 ]
 
 

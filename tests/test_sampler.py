@@ -15,6 +15,7 @@ import torch
 
 from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, ops, reference, to_uint8
 from ddpm_fast.ops import _dispatch
+from ddpm_fast.sampler import _check_device
 
 SCHEDULE = Schedule.linear()
 METHODS = ("ddpm", "ddim", "dpm_solver")
@@ -248,6 +249,65 @@ def test_a_half_model_runs_in_its_own_dtype(unet):
     assert sampler.model is half and sampler(1).dtype == torch.float32
 
 
+def test_time_rows_are_read_of_a_plain_unet_only(unet):
+    """A hook, a subclass or a wrapper is called as it is, and the images are the same."""
+    model, called = copy.deepcopy(unet), []
+    rows = Sampler(model, SCHEDULE, num_steps=5)
+    model.time_rows = lambda *arguments: called.append("rows") or UNet.time_rows(model, *arguments)
+    expected = rows(2)
+    assert called == ["rows"]
+    assert torch.equal(Sampler(lambda x, t: model(x, t), SCHEDULE, num_steps=5)(2, shape=(3, 8, 8)), expected)
+    handle = model.register_forward_hook(lambda *_: called.append("hook"))
+    assert torch.equal(rows(2), expected)
+    assert called == ["rows"] + 5 * ["hook"]
+    handle.remove()
+    with torch.no_grad():  # in place, and as a new parameter: a run computes its rows anew
+        model.time_embedding.linear_1.bias.add_(1)
+    changed = rows(2)
+    model.mid_block.resnets[0].time_emb_proj.bias = torch.nn.Parameter(torch.ones(32))
+    assert not torch.equal(changed, expected) and not torch.equal(rows(2), changed)
+    assert torch.equal(rows(2), Sampler(model.__call__, SCHEDULE, num_steps=5)(2, shape=(3, 8, 8)))
+
+
+def test_a_model_of_classes_says_what_it_needs():
+    config = UNetConfig((8,), (False,), (False,), sample_size=4, norm_num_groups=4, num_class_embeds=3)
+    with pytest.raises(ValueError, match="needs class_labels"):
+        Sampler(UNet(config), SCHEDULE, num_steps=2)(1)
+
+
+def test_channels_last(unet):
+    seen = []
+
+    def model(x, t):
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return unet(x, t)
+
+    expected = Sampler(unet, SCHEDULE, num_steps=5)(2)
+    x = Sampler(model, SCHEDULE, num_steps=5, channels_last=True)(2, shape=(3, 8, 8))
+    assert all(seen) and len(seen) == 5 and x.is_contiguous()
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+
+    sampler = Sampler(unet, SCHEDULE, num_steps=5, channels_last=True)
+    weight = sampler.model.mid_block.resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    torch.testing.assert_close(sampler(2), expected, rtol=0, atol=1e-4)
+    assert unet.mid_block.resnets[0].conv1.weight.is_contiguous()
+
+    flat = Sampler(lambda x, t: 0.1 * x, SCHEDULE, num_steps=2, channels_last=True)  # not 4-d: as it is
+    assert flat(3, shape=(2,)).shape == (3, 2)
+    for dtype in (None, torch.bfloat16):
+        assert not Sampler(unet, SCHEDULE, dtype=dtype).channels_last  # "auto", on the CPU
+
+
+def test_a_dtype_that_the_device_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    with pytest.raises(ValueError, match="dtype bfloat16 is not supported by cuda; allowed: float32"):
+        _check_device(gpu, torch.bfloat16, "auto")
+    for device, dtype in ((gpu, torch.float16), (gpu, None), (cpu, torch.bfloat16)):
+        _check_device(device, dtype, "auto")
+
+
 def test_a_model_may_use_autograd_inside():
     def energy(x, t):
         with torch.enable_grad():
@@ -326,6 +386,9 @@ def test_a_step_costs_a_fifth_of_diffusers(diffusers):
         ({"clip": 0}, ValueError, "clip must be None or a positive number"),
         ({"clip": True}, ValueError, "clip must be None or a positive number"),
         ({"dtype": torch.int8}, ValueError, "dtype must be None, float32, bfloat16 or float16"),
+        ({"graph": "yes"}, ValueError, "graph must be 'auto', True or False, got 'yes'"),
+        ({"graph": 1}, ValueError, "graph must be 'auto', True or False, got 1"),
+        ({"channels_last": None}, ValueError, "channels_last must be 'auto', True or False, got None"),
     ],
 )
 def test_bad_options_are_named(options, error, match):

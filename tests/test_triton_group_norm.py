@@ -22,6 +22,7 @@ if not triton.knobs.runtime.interpret:
 
 from ddpm_fast.ops._triton import group_norm_silu as forward  # noqa: E402
 from ddpm_fast.ops._triton import group_norm_silu_backward as backward  # noqa: E402
+from ddpm_fast.ops._triton import group_norm_silu_concat as concatenated  # noqa: E402
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 NAMES = ("x", "weight", "bias", "add", "scale", "shift")
@@ -178,8 +179,74 @@ def test_cifar_is_one_launch(batch, itemsize, last):
         tile = forward.resident_tile(shape, best, most)
         assert tile is not None and tile.elements <= most
         assert tile.block_c >= tile.groups * shape.group and tile.block_p >= shape.pixels
-        assert tile.elements <= tile.warps * 32 * 64
+        forwards = most == 32768
+        launch = tile.launch() if forwards else backward.resident_launch(tile, shape)
+        assert tile.elements <= launch["num_warps"] * 32 * (128 if forwards else 64)
         width = tile.groups * shape.group * itemsize
         if last and shape.group & (shape.group - 1) == 0:
             assert width % 32 == 0
         assert width >= 16 or not last
+
+
+# ---- of a virtual concatenation ----
+
+
+def check_concat(x: Tensor, skip: Tensor, groups: int, given: dict[str, Tensor]) -> None:
+    """Bit for bit what the norm of the concatenation is, and the concatenation itself, by the same tiles."""
+    layout = reference.memory_format(x)
+    both = torch.cat([x, skip], 1).contiguous(memory_format=layout)
+    _, _, *rest = arguments(both, groups, given)
+    expected = forward.group_norm_silu(both, groups, *rest)
+    for concat in (False, True):
+        y, built = concatenated.group_norm_silu_concat(x, skip, groups, *rest, concat)
+        assert torch.equal(y, expected) and y.stride() == expected.stride()
+        if concat:
+            assert torch.equal(built, both) and built.stride() == both.stride()
+        else:
+            assert built.shape == (0,)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels,groups", [((16, 8), 3), ((16, 8), 1), ((11, 13), 24), ((1, 23), 4)])
+@pytest.mark.parametrize("split", [False, True])
+def test_concat_both_ways(layout, channels, groups, split, poisoned, monkeypatch):
+    """The border between groups and within one; a tile of all pixels, and several with a remainder."""
+    one_tile = forward.resident_tile
+    monkeypatch.setattr(
+        forward, "resident_tile", lambda shape, best, most: None if split else one_tile(shape, 0, 2**20)
+    )
+    x, skip = (draw(2, c, 67, 61, seed=k).contiguous(memory_format=layout) for k, c in enumerate(channels))
+    check_concat(x, skip, groups, operands(2, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_concat_of_halves_and_any_layout_of_skip(dtype, poisoned):
+    """A skip in another layout than x is read as the one in x's would be."""
+    given = operands(2, 24, dtype)
+    for layout in LAYOUTS:
+        x = draw(2, 13, 6, 10, dtype=dtype).contiguous(memory_format=layout)
+        skip = draw(2, 11, 6, 10, seed=1, dtype=dtype)
+        channels_last, transposed = (
+            skip.contiguous(memory_format=torch.channels_last),
+            skip.mT.contiguous().mT,
+        )
+        for other in (skip, channels_last, transposed):
+            check_concat(x, other, 8, given)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [(256, 256), (256, 128)])
+def test_concat_of_cifar_is_one_launch(channels, last, monkeypatch):
+    """The tile is the one of as many channels in one tensor: the border plays no part in it."""
+    shapes = []
+    one_tile = forward.resident_tile
+
+    def tile(shape, best, most):
+        shapes.append(shape)
+        return one_tile(shape, best, most)
+
+    monkeypatch.setattr(forward, "resident_tile", tile)
+    layout = LAYOUTS[last]
+    x, skip = (draw(1, c, 8, 8).contiguous(memory_format=layout) for c in channels)
+    concatenated.group_norm_silu_concat(x, skip, 32, *[None] * 2, 1e-5, *[None] * 3, True, False)
+    assert shapes == [forward.Shape(1, sum(channels), 64, 32, 4, last)]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from op_cases import check_error_rule
 
 from ddpm_fast.unet import UNet, UNetConfig, timestep_embedding
 
@@ -214,6 +215,105 @@ def test_every_form_of_t():
     assert not torch.equal(model(x, 7.5), expected)
 
 
+WIDE = UNetConfig((128, 256), (False, False), (False, False), norm_num_groups=32, layers_per_block=1)
+"""As wide as google/ddpm-cifar10-32: where a BLAS has other kernels for a few rows than for many."""
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        WIDE,
+        replace(SMALL, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4),
+        replace(SMALL, num_class_embeds=7),
+        replace(WIDE, resnet_time_scale_shift="scale_shift", num_class_embeds=3),
+    ],
+    ids=["add", "wide", "scale_shift", "classes", "wide-scale_shift-classes"],
+)
+@torch.inference_mode()
+def test_time_rows_are_bit_equal_to_a_call(config, batch):
+    model, x = random_unet(config), torch.randn(batch, 3, 8, 8)
+    given = () if config.num_class_embeds is None else (torch.arange(batch) % 2 * 2,)
+    timesteps = torch.arange(980, -1, -20)
+    rows = model.time_rows(timesteps, *given)
+    assert len(rows.values) == 50 * (1 if not given else min(batch, 2))
+    for i in (torch.tensor(0), torch.tensor(49), torch.tensor(17), torch.tensor([49, 0, 3, 17, 3][:batch])):
+        assert torch.equal(model.forward_rows(x, rows, i), model(x, timesteps[i], *given))
+    last = x.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    out = model.forward_rows(last, rows, i)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, model(last, timesteps[i], *given))
+
+
+@torch.inference_mode()
+def test_time_rows_in_bfloat16():
+    """Not bit-equal: a bfloat16 product of one row and of many differ. The error rule, against float64."""
+    model, x, timesteps = random_unet(WIDE).bfloat16(), torch.randn(2, 3, 8, 8).bfloat16(), torch.arange(50)
+    i = torch.tensor([7, 40])
+    rows, plain = model.time_rows(timesteps), model(x, timesteps[i])
+    assert rows.values.dtype == torch.bfloat16
+    exact = model.double()(x.double(), timesteps[i])
+    check_error_rule(model.bfloat16().forward_rows(x, rows, i), plain, exact)
+
+
+@torch.inference_mode()
+def test_time_rows_show_the_weights_of_their_making():
+    model, x, t = random_unet(), torch.randn(1, 3, 8, 8), torch.tensor([5, 3])
+    old = model.time_rows(t)
+    for name in ("time_emb_proj.bias", "conv2.bias"):
+        model.up_blocks[0].resnets[0].get_parameter(name).add_(1)
+    i = torch.tensor(1)
+    assert not torch.equal(model.forward_rows(x, old, i), model(x, t[i]))
+    assert torch.equal(model.forward_rows(x, model.time_rows(t), i), model(x, t[i]))
+
+
+def test_is_plain():
+    model = random_unet()
+    assert model.is_plain()
+    handle = model.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: None)
+    assert not model.is_plain()
+    handle.remove()
+    handle = model.register_forward_pre_hook(lambda *_: None)
+    assert not model.is_plain()
+    handle.remove()
+    assert model.is_plain()
+    model.forward = model.forward
+    assert not model.is_plain()
+    assert not type("Mine", (UNet,), {})(SMALL).is_plain()
+
+
+def test_gradients_are_those_of_diffusers(diffusers):
+    """In every parameter, against float64; under autocast they are finite and come close."""
+    theirs = diffusers_model("odd").train()
+    ours = converted(theirs).train()
+    given = inputs("odd", batch=2)
+
+    def gradients(model, run):
+        model.zero_grad()
+        run().float().square().mean().backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters()}
+
+    got = gradients(ours, lambda: ours(**given))
+    with torch.autocast("cpu", torch.bfloat16):
+        near = gradients(ours, lambda: ours(**given))
+    run_diffusers(theirs, **given).square().mean().backward()
+    exact = load_gradients(theirs)
+    assert got.keys() == exact.keys()
+    for name, value in exact.items():
+        assert (got[name] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-7, name
+        assert (near[name] - value).norm() <= 0.1 * value.norm() + 1e-4, name
+
+
+def load_gradients(model) -> dict[str, torch.Tensor]:
+    """A diffusers model's gradients under the names of ours: converted as its weights are."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(value.grad)
+    return dict(converted(model).named_parameters())
+
+
 @pytest.mark.parametrize(("shift", "backend"), [("default", "eager"), ("scale_shift", "aot_eager")])
 @torch.inference_mode()
 def test_traces_without_a_graph_break(shift, backend):
@@ -343,6 +443,32 @@ def test_config_errors_name_the_field_and_what_is_allowed(field, value):
 def test_forward_errors(x, t, labels, message):
     with pytest.raises(ValueError, match=message):
         random_unet()(x, t, labels)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "labels", "message"),
+    [
+        (torch.tensor(3), None, r"timesteps must have shape \(N,\), N >= 1, got \(\)"),
+        (torch.zeros(0), None, r"N >= 1, got \(0,\)"),
+        (torch.arange(3), torch.tensor([0]), "takes no class_labels"),
+    ],
+)
+def test_time_rows_errors(timesteps, labels, message):
+    with pytest.raises(ValueError, match=message):
+        random_unet().time_rows(timesteps, labels)
+
+
+def test_forward_rows_errors():
+    model, x = random_unet(replace(SMALL, num_class_embeds=3)), torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="needs class_labels"):
+        model.time_rows(torch.arange(3))
+    rows = model.time_rows(torch.arange(3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"i must have shape \(\) or \(2,\), got \(3,\)"):
+        model.forward_rows(x, rows, torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"class_labels must have shape \(1,\), got \(2,\)"):
+        model.forward_rows(x[:1], rows, torch.tensor(0))
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, H, W\)"):
+        model.forward_rows(x[:, :2], rows, torch.tensor(0))
 
 
 def test_class_label_errors():

@@ -1,11 +1,10 @@
 // counter_normal and philox4x32_10 on the CPU: checks and threads around kernels/noise.h.
-#include <algorithm>
 #include <vector>
 
-#include "../common.h"
+#include "../checks.h"
 #include "../philox.h"
 #include "kernels.h"
-#include "layout.h"
+#include "samples.h"
 
 namespace ddpm_fast {
 namespace {
@@ -29,13 +28,7 @@ Tensor counter_normal_cpu(
 }
 
 Tensor philox4x32_10_cpu(Tensor counter, Tensor key) {
-  check(
-      counter.dim() == 2 && counter.size(1) == 4 && key.dim() == 2 && key.size(1) == 2 &&
-          key.size(0) == counter.size(0),
-      "counter must be (n, 4) and key (n, 2)");
-  check(
-      counter.scalar_type() == ScalarType::Long && key.scalar_type() == ScalarType::Long,
-      "counter and key must be int64");
+  check_philox4x32_10(counter, key);
   counter = as_contiguous(counter);
   key = as_contiguous(key);
   Tensor out = empty_as(counter);

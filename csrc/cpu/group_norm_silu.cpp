@@ -1,5 +1,7 @@
-// group_norm_silu on the CPU: checks, layouts and threads around kernels/group_norm_silu.h.
+// group_norm_silu and group_norm_silu_concat on the CPU: checks, layouts and threads around
+// kernels/group_norm_silu.h.
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "../common.h"
@@ -34,19 +36,40 @@ class Channels {
   const float* data_ = nullptr;
 };
 
-Tensor group_norm_silu_cpu(
-    Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps, OptionalTensor add,
-    OptionalTensor scale, OptionalTensor shift, bool silu) {
+// An uninitialised tensor like x, which is dense, in its layout, with as many channels.
+Tensor empty_with_channels(const Tensor& x, int64_t channels, bool channels_last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[1] = channels;
+  if (!channels_last) return torch::stable::new_empty(x, sizes);
+  return torch::stable::empty(
+      sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
+}
+
+// The norm of x, or of [x, skip], into y, like it; concat, where given, gets [x, skip] itself.
+std::tuple<Tensor, OptionalTensor> norm(
+    Tensor x, OptionalTensor skip, int64_t num_groups, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, bool silu, bool builds) {
   const cpu::Dtype dtype = dtype_of("x", x);
   check(dtype != cpu::Dtype::kDouble, "x must be float32, bfloat16 or float16");
   check(x.dim() >= 2 && x.numel() > 0, "x must be (B, C, ...) and not empty");
-  const int64_t batch = x.size(0), channels = x.size(1), pixels = x.numel() / (batch * channels);
+  const int64_t batch = x.size(0), from_x = x.size(1), pixels = x.numel() / (batch * from_x);
+  const int64_t from_skip = skip ? skip->size(1) : 0, channels = from_x + from_skip;
   check(num_groups > 0 && channels % num_groups == 0, "num_groups must divide the channels");
   const int64_t group = channels / num_groups;
 
   const bool channels_last = is_channels_last(x);
   x = keep_layout(x);
-  Tensor y = empty_as(x);
+  if (skip) {
+    check(
+        skip->scalar_type() == x.scalar_type() && skip->dim() == x.dim() && skip->size(0) == batch &&
+            skip->numel() == batch * from_skip * pixels && from_skip > 0,
+        "skip must be like x but for its channels");
+    skip = like_layout(*skip, x);
+  }
+  Tensor y = skip ? empty_with_channels(x, channels, channels_last) : empty_as(x);
+  OptionalTensor concat;
+  if (builds) concat = empty_with_channels(x, channels, channels_last);
   const Channels weights("weight", weight, channels), biases("bias", bias, channels);
   const Channels adds("add", add, batch * channels), scales("scale", scale, batch * channels);
   const Channels shifts("shift", shift, batch * channels);
@@ -54,6 +77,21 @@ Tensor group_norm_silu_cpu(
     const int64_t k = b * channels + c;
     return cpu::GroupNormArgs{weights.at(c), biases.at(c), adds.at(k), scales.at(k), shifts.at(k), eps, silu};
   };
+  // Channels [c, c + width) of an image: what lies in x, and what in skip.
+  const int64_t channel_step = channels_last ? 1 : pixels;
+  const auto sources = [&](int64_t b, int64_t c, int64_t width) {
+    const int64_t split = std::clamp<int64_t>(from_x - c, 0, width);
+    const int64_t beyond = std::max<int64_t>(c - from_x, 0);
+    cpu::GroupNormSources from = {};
+    if (split > 0) from.of[0] = {at(x, dtype, b * from_x * pixels + c * channel_step), split, from_x};
+    if (split < width) {
+      const int64_t element = b * from_skip * pixels + beyond * channel_step;
+      from.of[1] = {at(*skip, dtype, element), width - split, from_skip};
+    }
+    return from;
+  };
+  const auto into = [&](int64_t element) { return mutable_at(y, dtype, element); };
+  const auto copied = [&](int64_t element) { return concat ? mutable_at(*concat, dtype, element) : nullptr; };
   const cpu::Kernels& kernels = cpu::kernels();
   constexpr int64_t kElementsPerThread = 8192;
 
@@ -61,13 +99,12 @@ Tensor group_norm_silu_cpu(
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (group * pixels));
     torch::stable::parallel_for(0, batch * num_groups, grain, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
-        const int64_t element = k * group * pixels;
+        const int64_t element = k * group * pixels, b = k / num_groups, c = k % num_groups * group;
         kernels.group_norm_nchw(
-            dtype, at(x, dtype, element), mutable_at(y, dtype, element), pixels, group,
-            args(k / num_groups, k % num_groups * group));
+            dtype, sources(b, c, group), into(element), copied(element), pixels, args(b, c));
       }
     });
-    return y;
+    return {y, concat};
   }
 
   // An image goes whole to a thread where there are images enough; else its groups are split, by cache lines.
@@ -86,14 +123,31 @@ Tensor group_norm_silu_cpu(
       if (scratch.size() < needed) scratch.resize(needed);
       const int64_t element = b * channels * pixels + c;
       kernels.group_norm_nhwc(
-          dtype, at(x, dtype, element), mutable_at(y, dtype, element), pixels, channels, width, group,
+          dtype, sources(b, c, width), into(element), copied(element), pixels, channels, width, group,
           args(b, c), reinterpret_cast<float*>(scratch.data()));
     }
   });
-  return y;
+  return {y, concat};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cpu)); }
+Tensor group_norm_silu_cpu(
+    Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps, OptionalTensor add,
+    OptionalTensor scale, OptionalTensor shift, bool silu) {
+  return std::get<0>(
+      norm(x, std::nullopt, num_groups, weight, bias, eps, add, scale, shift, silu, /*builds=*/false));
+}
+
+std::tuple<Tensor, Tensor> group_norm_silu_concat_cpu(
+    Tensor x, Tensor skip, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps,
+    OptionalTensor add, OptionalTensor scale, OptionalTensor shift, bool silu, bool concat) {
+  const auto [y, both] = norm(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, concat);
+  return {y, both ? *both : torch::stable::new_empty(y, {0})};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cpu));
+  m.impl("group_norm_silu_concat", TORCH_BOX(&group_norm_silu_concat_cpu));
+}
 
 }  // namespace
 }  // namespace ddpm_fast

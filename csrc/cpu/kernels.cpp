@@ -16,13 +16,13 @@ namespace ddpm_fast::cpu {
 namespace {
 
 void group_norm_nhwc_any(
-    Dtype dtype, const void* x, void* y, int64_t pixels, int64_t stride, int64_t channels,
-    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
+    Dtype dtype, const GroupNormSources& sources, void* y, void* concat, int64_t pixels, int64_t stride,
+    int64_t channels, int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
   const auto run = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     group_norm_nhwc(
-        static_cast<const T*>(x), static_cast<T*>(y), pixels, stride, channels, channels_per_group, args,
-        scratch);
+        sources, static_cast<T*>(y), static_cast<T*>(concat), pixels, stride, channels, channels_per_group,
+        args, scratch);
   };
   if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
   if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));
@@ -30,10 +30,11 @@ void group_norm_nhwc_any(
 }
 
 void group_norm_nchw_any(
-    Dtype dtype, const void* x, void* y, int64_t pixels, int64_t channels, const GroupNormArgs& args) {
+    Dtype dtype, const GroupNormSources& sources, void* y, void* concat, int64_t pixels,
+    const GroupNormArgs& args) {
   const auto run = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    group_norm_nchw(static_cast<const T*>(x), static_cast<T*>(y), pixels, channels, args);
+    group_norm_nchw(sources, static_cast<T*>(y), static_cast<T*>(concat), pixels, args);
   };
   if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
   if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));

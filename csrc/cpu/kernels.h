@@ -7,9 +7,11 @@
 
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace ddpm_fast::cpu {
 
-enum class Dtype { kFloat, kDouble, kBFloat16, kHalf };
+using ddpm_fast::Dtype;
 
 struct StepRow {  // one row of a sampler's table, and the bound on |x0|
   double x0_from_x, x0_from_out;
@@ -29,6 +31,16 @@ struct GroupNormArgs {  // pointers at the first channel of the span, null where
   bool silu;
 };
 
+// Channels that lie together: a norm reads x, and after it the skip of a virtual concatenation.
+struct GroupNormSource {
+  const void* data;
+  int64_t channels;  // 0: no such source
+  int64_t stride;    // from a pixel to the next, where channels are last
+};
+struct GroupNormSources {
+  GroupNormSource of[2];
+};
+
 struct Kernels {
   const char* isa;
 
@@ -46,18 +58,18 @@ struct Kernels {
   void (*posterior_step_float)(const StepRow&, const StepSpan<float>&, int64_t n);
   void (*posterior_step_double)(const StepRow&, const StepSpan<double>&, int64_t n);
 
-  // one sample, channels [0, channels) of rows `stride` apart; whole groups. scratch:
-  // group_norm_scratch(channels) floats, 8-byte aligned
+  // one sample, whole groups, channels last; rows of y, and of concat (the sources as they are, or null), are
+  // `stride` apart. scratch: group_norm_scratch(channels) floats, 8-byte aligned
   void (*group_norm_nhwc)(
-      Dtype, const void* x, void* y, int64_t pixels, int64_t stride, int64_t channels,
+      Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, int64_t stride, int64_t channels,
       int64_t channels_per_group, const GroupNormArgs&, float* scratch);
   // one group of one sample, channels one after another
   void (*group_norm_nchw)(
-      Dtype, const void* x, void* y, int64_t pixels, int64_t channels, const GroupNormArgs&);
+      Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, const GroupNormArgs&);
 };
 
-// Eight floats a channel, channels padded to whole registers of any instruction set.
-constexpr int64_t padded_channels(int64_t channels) { return (channels + 63) / 64 * 64; }
+// Eight floats a channel, and room for a whole register of any instruction set that starts at the last one.
+constexpr int64_t padded_channels(int64_t channels) { return (channels + 15 + 63) / 64 * 64; }
 constexpr int64_t group_norm_scratch(int64_t channels) { return 8 * padded_channels(channels); }
 
 // The table in use: the best this processor runs, or the one that DDPM_FAST_CPU names.

@@ -3,10 +3,10 @@
 #include <limits>
 #include <tuple>
 
-#include "../common.h"
+#include "../checks.h"
 #include "../philox.h"
 #include "kernels.h"
-#include "layout.h"
+#include "samples.h"
 
 namespace ddpm_fast {
 namespace {
@@ -35,11 +35,6 @@ cpu::StepRow row_of(const Step& step, int64_t i, int64_t b) {
           values[5], values[6], values[7], values[8], clip};
 }
 
-Tensor contiguous_like(const char* name, const Tensor& value, const Tensor& x) {
-  check(value.scalar_type() == x.scalar_type() && same_shape(value, x), name, " must be like x");
-  return as_contiguous(value);
-}
-
 // T is what is computed in: float, or double for a double x.
 template <typename T>
 void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
@@ -47,7 +42,7 @@ void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
   const int64_t batch = step.x.size(0), elements = step.x.numel() / std::max<int64_t>(batch, 1);
   const int64_t out_elements = step.out.numel() / std::max<int64_t>(batch, 1);
   const bool learned = step.table.size(1) == 9;
-  const cpu::Dtype dtype = dtype_of("x", step.x), out_dtype = dtype_of("out", step.out);
+  const Dtype dtype = dtype_of("x", step.x), out_dtype = dtype_of("out", step.out);
   const PerSample rows("i", step.i, batch);
   rows.check_range("i", step.table.size(0));
   for (int64_t b = 0; b < batch; ++b) {
@@ -67,12 +62,11 @@ void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
     constexpr bool kDouble = std::is_same_v<T, double>;
 
     // An operand as T: where it lies if it is so already, else converted into a buffer.
-    const auto view = [&](const Tensor& from, cpu::Dtype from_dtype, int64_t element, T* buffer) -> const T* {
+    const auto view = [&](const Tensor& from, Dtype from_dtype, int64_t element, T* buffer) -> const T* {
       if constexpr (kDouble) {
         return reinterpret_cast<const T*>(at(from, from_dtype, element));
       } else {
-        if (from_dtype == cpu::Dtype::kFloat)
-          return reinterpret_cast<const T*>(at(from, from_dtype, element));
+        if (from_dtype == Dtype::kFloat) return reinterpret_cast<const T*>(at(from, from_dtype, element));
         kernels.load(from_dtype, at(from, from_dtype, element), buffer, n);
         return buffer;
       }
@@ -95,7 +89,7 @@ void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
         span.noise = noise_buffer;
       }
     }
-    const bool in_place = kDouble || dtype == cpu::Dtype::kFloat;
+    const bool in_place = kDouble || dtype == Dtype::kFloat;
     span.x_next = in_place ? reinterpret_cast<T*>(mutable_at(x_next, dtype, k)) : x_buffer;
     if (x0) span.x0 = in_place ? reinterpret_cast<T*>(mutable_at(*x0, dtype, k)) : history_buffer;
     if constexpr (kDouble) {
@@ -114,25 +108,7 @@ void step_into(
     const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& i, const OptionalTensor& noise,
     const OptionalTensor& seed, const OptionalTensor& image_index, const OptionalTensor& x0_prev, double clip,
     const OptionalTensor& clip_each, Tensor& x_next, OptionalTensor& x0) {
-  const bool is_double = x.scalar_type() == ScalarType::Double;
-  check(x.dim() >= 2 && out.dim() == x.dim(), "x must be (B, C, ...) and out like it");
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    check(
-        out.size(d) == x.size(d) || (d == 1 && out.size(d) == 2 * x.size(d)),
-        "out must have x's shape or twice its channels");
-  }
-  check(
-      out.scalar_type() == x.scalar_type() ||
-          (x.scalar_type() == ScalarType::Float && out.scalar_type() != ScalarType::Double),
-      "out must have x's dtype, or a half type beside a float32 x");
-  check(
-      table.dim() == 2 && (table.size(1) == 7 || (table.size(1) == 9 && out.size(1) == 2 * x.size(1))) &&
-          table.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-      "table must be (N, 7), or (N, 9) with 2C channels of out; float32, with a float64 x float64");
-  check(seed.has_value() == image_index.has_value(), "seed and image_index go together");
-  check(
-      !clip_each || (clip_each->scalar_type() == ScalarType::Float && clip_each->numel() == x.size(0)),
-      "clip must be (B,) float32");
+  check_posterior_step(x, out, table, noise, seed, image_index, x0_prev, clip_each);
   Step step{
       as_contiguous(x),
       as_contiguous(out),
@@ -144,10 +120,10 @@ void step_into(
       x0_prev,
       clip_each,
       clip};
-  if (noise) step.noise = contiguous_like("noise", *noise, x);
-  if (x0_prev) step.x0_prev = contiguous_like("x0_prev", *x0_prev, x);
+  if (noise) step.noise = as_contiguous(*noise);
+  if (x0_prev) step.x0_prev = as_contiguous(*x0_prev);
   if (clip_each) step.clip_each = as_contiguous(*clip_each);
-  if (is_double) {
+  if (x.scalar_type() == ScalarType::Double) {
     run<double>(step, x_next, x0);
   } else {
     run<float>(step, x_next, x0);

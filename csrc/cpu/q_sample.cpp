@@ -1,11 +1,10 @@
 // q_sample and q_sample_counter on the CPU: checks, layouts and threads around kernels/q_sample.h.
-#include <algorithm>
 #include <tuple>
 
-#include "../common.h"
+#include "../checks.h"
 #include "../philox.h"
 #include "kernels.h"
-#include "layout.h"
+#include "samples.h"
 
 namespace ddpm_fast {
 namespace {
@@ -13,33 +12,27 @@ namespace {
 constexpr int64_t kSpan = 4096;  // 16 KB of floats for each operand: they meet in L1
 
 struct Table {
-  Table(const Tensor& table, cpu::Dtype x_dtype) : table_(as_contiguous(table)) {
-    const ScalarType expected = x_dtype == cpu::Dtype::kDouble ? ScalarType::Double : ScalarType::Float;
-    check(
-        table.dim() == 2 && table.size(1) == 2 && table.scalar_type() == expected,
-        "table must be (T, 2), float32 or with a float64 x0 float64");
-    dtype_ = dtype_of("table", table_);
-  }
+  explicit Table(const Tensor& table) : table_(as_contiguous(table)), dtype_(dtype_of("table", table)) {}
 
   double weight(int64_t t, int64_t column) const {
     const char* value = at(table_, dtype_, 2 * t + column);
-    return dtype_ == cpu::Dtype::kDouble ? *reinterpret_cast<const double*>(value)
-                                         : *reinterpret_cast<const float*>(value);
+    return dtype_ == Dtype::kDouble ? *reinterpret_cast<const double*>(value)
+                                    : *reinterpret_cast<const float*>(value);
   }
 
  private:
   Tensor table_;
-  cpu::Dtype dtype_;
+  Dtype dtype_;
 };
 
 // out = a x0 + b noise over one span of any dtype, at most kSpan elements
-void mix(cpu::Dtype dtype, double a, const void* x0, double b, const void* noise, void* out, int64_t n) {
+void mix(Dtype dtype, double a, const void* x0, double b, const void* noise, void* out, int64_t n) {
   const cpu::Kernels& kernels = cpu::kernels();
-  if (dtype == cpu::Dtype::kDouble) {
+  if (dtype == Dtype::kDouble) {
     kernels.axpby_double(
         a, static_cast<const double*>(x0), b, static_cast<const double*>(noise), static_cast<double*>(out),
         n);
-  } else if (dtype == cpu::Dtype::kFloat) {
+  } else if (dtype == Dtype::kFloat) {
     kernels.axpby_float(
         a, static_cast<const float*>(x0), b, static_cast<const float*>(noise), static_cast<float*>(out), n);
   } else {
@@ -52,10 +45,10 @@ void mix(cpu::Dtype dtype, double a, const void* x0, double b, const void* noise
 }
 
 Tensor q_sample_cpu(Tensor x0, Tensor noise, Tensor t, Tensor table) {
-  const cpu::Dtype dtype = dtype_of("x0", x0);
-  check(noise.scalar_type() == x0.scalar_type() && same_shape(noise, x0), "noise must be like x0");
-  check(x0.dim() >= 1, "x0 must have a batch dimension");
-  const Table weights(table, dtype);
+  const Dtype dtype = dtype_of("x0", x0);
+  check_like("noise", noise, x0, "x0");
+  check_q_sample(x0, table);
+  const Table weights(table);
   const int64_t batch = x0.size(0), elements = batch == 0 ? 0 : x0.numel() / batch;
   const PerSample times("t", t, batch);
   times.check_range("t", table.size(0));
@@ -72,9 +65,9 @@ Tensor q_sample_cpu(Tensor x0, Tensor noise, Tensor t, Tensor table) {
 
 std::tuple<Tensor, Tensor> q_sample_counter_cpu(
     Tensor x0, Tensor t, Tensor table, Tensor seed, Tensor image_index) {
-  const cpu::Dtype dtype = dtype_of("x0", x0);
-  check(x0.dim() >= 1, "x0 must have a batch dimension");
-  const Table weights(table, dtype);
+  const Dtype dtype = dtype_of("x0", x0);
+  check_q_sample(x0, table);
+  const Table weights(table);
   const int64_t batch = x0.size(0), elements = batch == 0 ? 0 : x0.numel() / batch;
   const PerSample times("t", t, batch), seeds("seed", seed, batch), images("image_index", image_index, batch);
   times.check_range("t", table.size(0));
@@ -85,7 +78,7 @@ std::tuple<Tensor, Tensor> q_sample_counter_cpu(
   parallel_spans(batch, elements, kSpan, [&](int64_t b, int64_t begin, int64_t end) {
     const int64_t k = b * elements + begin, n = end - begin;
     float drawn[kSpan];
-    float* z = dtype == cpu::Dtype::kFloat ? reinterpret_cast<float*>(mutable_at(noise, dtype, k)) : drawn;
+    float* z = dtype == Dtype::kFloat ? reinterpret_cast<float*>(mutable_at(noise, dtype, k)) : drawn;
     cpu::kernels().normal(seeds[b], stream_step(kStreamTraining, 0), images[b], begin, z, n);
     if (z == drawn) cpu::kernels().store(dtype, drawn, mutable_at(noise, dtype, k), n);
     mix(dtype, weights.weight(times[b], 0), at(x, dtype, k), weights.weight(times[b], 1), at(noise, dtype, k),

@@ -32,7 +32,13 @@ __device__ __forceinline__ void store(T* to, const Raw<T, V>& raw) {
   if constexpr (V == 1) {
     *to = raw;
   } else {
+#ifdef __CUDA_ARCH__  // spelled out: nvcc cuts some such stores into four
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(raw.x),
+                 "r"(raw.y), "r"(raw.z), "r"(raw.w)
+                 : "memory");
+#else
     *reinterpret_cast<uint4*>(to) = raw;
+#endif
   }
 }
 

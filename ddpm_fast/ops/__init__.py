@@ -3,6 +3,7 @@
 from ._checks import as_image_index, as_seed
 from .counter_normal import counter_normal, philox4x32_10
 from .group_norm_silu import group_norm_silu
+from .group_norm_silu_concat import group_norm_silu_concat
 from .posterior_step import bind_step, posterior_step, posterior_step_
 from .q_sample import q_sample, q_sample_counter
 
@@ -12,6 +13,7 @@ __all__ = [
     "bind_step",
     "counter_normal",
     "group_norm_silu",
+    "group_norm_silu_concat",
     "philox4x32_10",
     "posterior_step",
     "posterior_step_",

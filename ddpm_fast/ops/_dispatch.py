@@ -1,4 +1,4 @@
-"""Which code runs an op: loads the compiled library if it was built, and chooses a backend, in one place."""
+"""Which code runs an op: loads the compiled libraries that exist, and chooses a backend, in one place."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ BACKENDS: tuple[str, ...] = ("native", "triton", "reference")
 
 LIBRARY = torch.library.Library("ddpm_fast", "DEF")
 LIBRARY_FILE = Path(__file__).parent.parent / "_C.abi3.so"
+CUDA_LIBRARY_FILE = Path(__file__).parent.parent / "_C_cuda.abi3.so"  # apart: it needs a torch with CUDA
 
 _HALVES_AND_FLOAT = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
@@ -26,6 +27,10 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
     ("posterior_step", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("group_norm_silu", "native", "cpu"): _HALVES_AND_FLOAT,
     ("counter_normal", "native", "cpu"): frozenset({torch.float32}),
+    ("q_sample", "native", "cuda"): _HALVES_AND_FLOAT,
+    ("posterior_step", "native", "cuda"): _HALVES_AND_FLOAT,
+    ("group_norm_silu", "native", "cuda"): _HALVES_AND_FLOAT,
+    ("counter_normal", "native", "cuda"): frozenset({torch.float32}),
     ("q_sample", "triton", "cuda"): _HALVES_AND_FLOAT,
     ("posterior_step", "triton", "cuda"): _HALVES_AND_FLOAT,
     ("group_norm_silu", "triton", "cuda"): _HALVES_AND_FLOAT,
@@ -34,26 +39,39 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
 OPS: tuple[str, ...] = tuple(dict.fromkeys(op for op, _, _ in _KERNELS))
 
 
-def _load_library() -> str | None:
-    """Load the compiled library; None if that went well, else the reason, which is warned of once."""
-    if not LIBRARY_FILE.exists():
-        reason = "it was not built when ddpm_fast was installed (no C++ compiler, or DDPM_FAST_NATIVE=skip)"
-    else:
-        try:
-            torch.ops.load_library(LIBRARY_FILE)
-            return None
-        except OSError as error:
-            reason = f"it does not load ({error})"
-    warnings.warn(
-        f"ddpm_fast runs without its compiled library: {reason}. Every op works in plain PyTorch, slower. "
-        "Install a C++ compiler (g++ or clang++) and reinstall ddpm_fast.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _load(file: Path, built_without: str) -> str | None:
+    """Load a compiled library; None if that went well, else the reason."""
+    if not file.exists():
+        return f"it was not built when ddpm_fast was installed ({built_without})"
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:
+        return f"it does not load ({error})"
+    return None
+
+
+def _load_native() -> str | None:
+    """The reason is warned of, once: without this library every machine is slower."""
+    reason = _load(LIBRARY_FILE, "no C++ compiler, or DDPM_FAST_NATIVE=skip")
+    if reason is not None:
+        warnings.warn(
+            f"ddpm_fast runs without its compiled library: {reason}. Every op works in plain PyTorch, "
+            "slower. Install a C++ compiler (g++ or clang++) and reinstall ddpm_fast.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return reason
 
 
-NATIVE_MISSING: str | None = _load_library()
+def _load_cuda() -> str | None:
+    """Whether there is a device is not asked: that would initialise CUDA, and a process could not fork."""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    return _load(CUDA_LIBRARY_FILE, "no nvcc of torch's CUDA, or DDPM_FAST_CUDA=skip")
+
+
+NATIVE_MISSING: str | None = _load_native()
+CUDA_MISSING: str | None = _load_cuda()
 TRITON_INSTALLED: bool = find_spec("triton") is not None
 FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
@@ -106,19 +124,30 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return f"it has no {op} kernel for {device} tensors"
     if dtype not in dtypes:
         return f"its {op} kernel takes {', '.join(sorted(map(str, dtypes)))}, not {dtype}"
-    if backend == "native" and NATIVE_MISSING is not None:
+    if backend == "native" and device == "cpu" and NATIVE_MISSING is not None:
         return f"the compiled library is missing: {NATIVE_MISSING}"
+    if backend == "native" and device == "cuda" and CUDA_MISSING is not None:
+        return f"the compiled CUDA library is missing: {CUDA_MISSING}"
     if backend == "triton" and not TRITON_INSTALLED:
         return "triton is not installed"
     return None
 
 
+# By device type: the backends in the order in which they are asked where none is named. On the CPU by the
+# times of benchmarks/bench_ops.py; on CUDA no time is measured, and both move the same bytes.
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("triton", "native")}
+
+
+def _fastest(op: str, device: str, dtype: torch.dtype) -> str:
+    can = (backend for backend in _ORDER[device] if why_not(op, backend, device, dtype) is None)
+    return next(can, "reference")
+
+
 # By (op, device type, dtype): what runs where no backend is named. Everything else is the reference's.
 FASTEST: dict[tuple[str, str, torch.dtype], str] = {
-    (op, device, dtype): backend
-    for (op, backend, device), dtypes in _KERNELS.items()
+    (op, device, dtype): _fastest(op, device, dtype)
+    for (op, _, device), dtypes in _KERNELS.items()
     for dtype in dtypes
-    if why_not(op, backend, device, dtype) is None
 }
 
 

@@ -54,12 +54,18 @@ def group_norm_silu(
         RuntimeError: a backend named that cannot run here.
     """
     check_floating("x", x, 2)
-    shape = x.shape
-    batch, channels = shape[0], shape[1]
+    check_norm(x, x.shape[1], "x's", num_groups, weight, bias, eps, add, scale, shift, act)
+    run = implementation("group_norm_silu", choose("group_norm_silu", backend, x), _reference)
+    return run(x, num_groups, weight, bias, eps, add, scale, shift, act == "silu")
+
+
+def check_norm(x, channels, whose, num_groups, weight, bias, eps, add, scale, shift, act) -> None:
+    """Refuse what does not fit a norm of x's samples over `channels`: those of x, or more than those."""
     if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups != 0:
-        raise ValueError(f"num_groups must divide x's {channels} channels, got {num_groups}")
-    if 0 in shape:
-        raise ValueError(f"x must not be empty, got shape {tuple(shape)}")
+        raise ValueError(f"num_groups must divide {whose} {channels} channels, got {num_groups}")
+    if 0 in x.shape:
+        raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
+    batch = x.shape[0]
     if weight is not None:
         _check_channels("weight", weight, (channels,), x)
     if bias is not None:
@@ -74,8 +80,6 @@ def group_norm_silu(
         raise ValueError(f"act={act!r} is not known; allowed: silu, none")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    run = implementation("group_norm_silu", choose("group_norm_silu", backend, x), _reference)
-    return run(x, num_groups, weight, bias, eps, add, scale, shift, act == "silu")
 
 
 def _check_channels(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -> None:

@@ -71,7 +71,7 @@ def posterior_step(
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device; noise or x0_prev missing
             where row ``i`` needs it (on a GPU, which is not asked, the result is NaN).
-        IndexError: ``i`` outside the table (on a GPU, an assertion on the device).
+        IndexError: ``i`` outside the table (on a GPU, which is not asked, the sample is NaN).
         RuntimeError: a backend named that cannot run here.
     """
     args = _arguments(x, out, table, i, noise, seed, image_index, x0_prev, clip)

@@ -42,7 +42,7 @@ def q_sample(
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
-        IndexError: ``t`` outside the table (on a GPU, an assertion on the device).
+        IndexError: ``t`` outside the table (on a GPU, which is not asked, the sample is NaN).
         RuntimeError: a backend named that cannot run here.
     """
     check_floating("x0", x0, 1)

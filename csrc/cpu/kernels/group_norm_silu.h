@@ -3,6 +3,9 @@
 // Fused: the time embedding before, affine, FiLM and SiLU after. One read for the statistics (each block of
 // it twice, the second time from L1), one read and one write to apply. float32 arithmetic; the statistics of
 // a block are taken about the block's own mean and merged in float64, so that a large mean cancels nowhere.
+//
+// x may be two tensors, its first channels in one and the rest in the other: [x, skip] without building it.
+// A group's statistics merge from wherever its channels lie. Built it is where asked for, from what was read.
 #pragma once
 
 #include "../kernels.h"
@@ -118,11 +121,38 @@ inline void block_moments(
   }
 }
 
+// Sums, and sums of squares about `shift`, of each of a source's channels.
+template <typename T>
+inline void channel_moments(
+    const GroupNormSource& source, int64_t pixels, float* shift, double* sums, double* squares) {
+  const int64_t channels = source.channels, stride = source.stride;
+  if (channels == 0) return;
+  constexpr int kTiles = 4;
+  const int64_t block = kBlockFloats / channels < 8 ? 8 : kBlockFloats / channels;
+  for (int64_t r = 0; r < pixels; r += block) {
+    const int64_t rows = pixels - r < block ? pixels - r : block;
+    const T* from = static_cast<const T*>(source.data) + r * stride;
+    int64_t c = 0;
+    for (; c + kTiles * kLanes <= channels; c += kTiles * kLanes) {
+      block_moments<kTiles, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
+    }
+    for (; c + kLanes <= channels; c += kLanes) {
+      block_moments<1, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
+    }
+    if (c < channels) {
+      block_moments<1, true>(from + c, rows, stride, channels - c, r == 0, shift + c, sums + c, squares + c);
+    }
+  }
+}
+
 template <bool kSilu, typename T>
 inline void apply_rows(
-    const T* x, T* y, int64_t pixels, int64_t stride, int64_t channels, const float* center,
+    const GroupNormSource& source, T* y, T* concat, int64_t pixels, int64_t stride, const float* center,
     const float* gain, const float* offset) {
-  for (int64_t r = 0; r < pixels; ++r, x += stride, y += stride) {
+  const int64_t channels = source.channels;
+  const T* x = static_cast<const T*>(source.data);
+  for (int64_t r = 0; r < pixels; ++r, x += source.stride, y += stride) {
+    if (concat) std::memcpy(concat + r * stride, x, channels * sizeof(T));
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
       store(y + c, apply<kSilu>(load(x + c), load(center + c), load(gain + c), load(offset + c)));
@@ -134,32 +164,22 @@ inline void apply_rows(
   }
 }
 
-// The scratch's arrays are padded to whole registers by the caller.
+// The scratch's arrays are padded by the caller. A source's last register may reach past its channels: into
+// the next source's, whose own numbers come afterwards, or into the padding.
 template <typename T>
 void group_norm_nhwc(
-    const T* x, T* y, int64_t pixels, int64_t stride, int64_t channels, int64_t channels_per_group,
-    const GroupNormArgs& args, float* scratch) {
+    const GroupNormSources& sources, T* y, T* concat, int64_t pixels, int64_t stride, int64_t channels,
+    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
   const int64_t padded = padded_channels(channels);
   double* sums = reinterpret_cast<double*>(scratch);
   double* squares = sums + padded;
   float* shift = scratch + 4 * padded;
   float *center = shift + padded, *gain = center + padded, *offset = gain + padded;
 
-  constexpr int kTiles = 4;
-  const int64_t block = kBlockFloats / channels < 8 ? 8 : kBlockFloats / channels;
-  for (int64_t r = 0; r < pixels; r += block) {
-    const int64_t rows = pixels - r < block ? pixels - r : block;
-    const T* from = x + r * stride;
-    int64_t c = 0;
-    for (; c + kTiles * kLanes <= channels; c += kTiles * kLanes) {
-      block_moments<kTiles, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
-    }
-    for (; c + kLanes <= channels; c += kLanes) {
-      block_moments<1, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
-    }
-    if (c < channels) {
-      block_moments<1, true>(from + c, rows, stride, channels - c, r == 0, shift + c, sums + c, squares + c);
-    }
+  int64_t at = 0;
+  for (const GroupNormSource& source : sources.of) {
+    channel_moments<T>(source, pixels, shift + at, sums + at, squares + at);
+    at += source.channels;
   }
 
   for (int64_t first = 0; first < channels; first += channels_per_group) {
@@ -173,14 +193,19 @@ void group_norm_nhwc(
     fold_statistics(mean, rstd, add, channels_per_group, {center + first, gain + first, offset + first});
   }
   fold_affine(args, 0, channels, {center, gain, offset});
-  if (args.silu) {
-    apply_rows<true>(x, y, pixels, stride, channels, center, gain, offset);
-  } else {
-    apply_rows<false>(x, y, pixels, stride, channels, center, gain, offset);
+  at = 0;
+  for (const GroupNormSource& source : sources.of) {
+    T* const copy = concat ? concat + at : nullptr;
+    if (args.silu) {
+      apply_rows<true>(source, y + at, copy, pixels, stride, center + at, gain + at, offset + at);
+    } else {
+      apply_rows<false>(source, y + at, copy, pixels, stride, center + at, gain + at, offset + at);
+    }
+    at += source.channels;
   }
 }
 
-// ---- channels first: a group is one stretch of memory ----
+// ---- channels first: a group is one stretch of memory, of each source ----
 
 template <typename T>
 inline float sum_of(const T* x, int64_t n) {
@@ -227,31 +252,44 @@ inline void apply_span(const T* x, T* y, int64_t n, float center, float gain, fl
 }
 
 template <typename T>
-void group_norm_nchw(const T* x, T* y, int64_t pixels, int64_t channels, const GroupNormArgs& args) {
+void group_norm_nchw(
+    const GroupNormSources& sources, T* y, T* concat, int64_t pixels, const GroupNormArgs& args) {
   Moments group;
-  const int64_t spans = args.add == nullptr ? 1 : channels;  // one sum runs over what shares one `add`
-  const int64_t length = pixels * channels / spans;
-  for (int64_t span = 0; span < spans; ++span) {
-    const double add = args.add == nullptr ? 0 : args.add[span];
-    for (int64_t begin = 0; begin < length; begin += kBlockFloats) {
-      const int64_t n = length - begin < kBlockFloats ? length - begin : kBlockFloats;
-      add_moments(x + span * length + begin, n, add, group);
+  int64_t channel = 0;
+  for (const GroupNormSource& source : sources.of) {
+    const T* x = static_cast<const T*>(source.data);
+    const int64_t spans =
+        args.add == nullptr ? 1 : source.channels;  // one sum runs over what shares one `add`
+    const int64_t length = args.add == nullptr ? pixels * source.channels : pixels;
+    for (int64_t span = 0; span < spans; ++span) {
+      const double add = args.add == nullptr ? 0 : args.add[channel + span];
+      for (int64_t begin = 0; begin < length; begin += kBlockFloats) {
+        const int64_t n = length - begin < kBlockFloats ? length - begin : kBlockFloats;
+        add_moments(x + span * length + begin, n, add, group);
+      }
     }
+    channel += source.channels;
   }
   const double mean = group.mean(), rstd = reciprocal_root(group.variance() + args.eps);
   constexpr int64_t kChannels = 64;
   float center[kChannels], gain[kChannels], offset[kChannels];
   const Folded folded{center, gain, offset};
-  for (int64_t from = 0; from < channels; from += kChannels) {
-    const int64_t count = channels - from < kChannels ? channels - from : kChannels;
-    fold_statistics(mean, rstd, args.add ? args.add + from : nullptr, count, folded);
-    fold_affine(args, from, count, folded);
-    for (int64_t c = 0; c < count; ++c, x += pixels, y += pixels) {
-      if (args.silu) {
-        apply_span<true>(x, y, pixels, center[c], gain[c], offset[c]);
-      } else {
-        apply_span<false>(x, y, pixels, center[c], gain[c], offset[c]);
+  channel = 0;
+  for (const GroupNormSource& source : sources.of) {
+    const T* x = static_cast<const T*>(source.data);
+    for (int64_t from = 0; from < source.channels; from += kChannels) {
+      const int64_t count = source.channels - from < kChannels ? source.channels - from : kChannels;
+      fold_statistics(mean, rstd, args.add ? args.add + channel : nullptr, count, folded);
+      fold_affine(args, channel, count, folded);
+      for (int64_t c = 0; c < count; ++c, x += pixels, y += pixels) {
+        if (args.silu) {
+          apply_span<true>(x, y, pixels, center[c], gain[c], offset[c]);
+        } else {
+          apply_span<false>(x, y, pixels, center[c], gain[c], offset[c]);
+        }
+        if (concat) std::memcpy(concat + (channel + c) * pixels, x, pixels * sizeof(T));
       }
+      channel += count;
     }
   }
 }

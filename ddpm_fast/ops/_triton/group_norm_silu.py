@@ -1,7 +1,8 @@
 """y = silu((1 + scale) (weight norm(x + add) + bias) + shift), statistics over a group's channels and pixels.
 
 x, y: (B, C, P), float32, bfloat16 or float16, C or P fastest; weight, bias: (C,); add, scale, shift: (B, C).
-Fused: the time embedding before, affine, FiLM and SiLU after. float32 arithmetic, one rounding.
+Fused: the time embedding before, affine, FiLM and SiLU after. float32 arithmetic, one rounding. x may be two
+tensors, x and skip, one behind the other in C; they are concatenated in memory only where that is asked for.
 
 resident    a tile of whole groups x all pixels stays in registers: one launch, one read and one write (4
             bytes an element in bfloat16). Every shape of 32 x 32 and 32 channels a group, and some beyond.
@@ -62,8 +63,12 @@ class Tile:
 
     @property
     def warps(self) -> int:
-        """32 elements a thread, 64 in large tiles: what a thread keeps by channel serves more of them."""
-        return max(1, min(8, self.elements // 1024), self.elements // 2048)
+        """32 elements a thread, and 8 warps at most, of up to 255 registers a thread.
+
+        In a tile of 32 K elements that is 128 a thread. 16 warps would have 128 registers for 64 elements and
+        what a thread keeps by channel, which are as many as before: on sm_100 and sm_120 that spills.
+        """
+        return max(1, min(8, self.elements // 1024))
 
     def launch(self, products: bool = False) -> dict[str, int | bool]:
         """Options of a kernel that sums over the tile.
@@ -143,6 +148,32 @@ def place(pixels, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 
 
 @triton.jit
+def read(
+    x, skip, start, offsets, inside, sample, first_c, first_p, pixels,
+    C: tl.constexpr, C_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of x, or of [x, skip], whose first C_X channels are x's.
+
+    Each of the two is asked for its own channels: what is masked moves nothing. A choice between pointers is
+    one load, but a narrow one where channels are fastest: the compiler takes it for a choice by element.
+    """
+    if skip is None:
+        values = tl.load(x + start + offsets, mask=inside, other=0.0)
+    else:
+        C_SKIP: tl.constexpr = C - C_X
+        c = first_c.to(tl.int64)
+        start_x, start_skip = sample * C_X * pixels, sample * C_SKIP * pixels
+        start_x += first_p * C_X + c if LAST else c * pixels + first_p
+        start_skip += first_p * C_SKIP + (c - C_X) if LAST else (c - C_X) * pixels + first_p
+        in_x = (first_c + tl.arange(0, BLOCK_C) < C_X)[:, None]
+        pointers = x + start_x + place(pixels, C_X, BLOCK_C, BLOCK_P, LAST)
+        values = tl.load(pointers, mask=inside & in_x, other=0.0)
+        pointers = skip + start_skip + place(pixels, C_SKIP, BLOCK_C, BLOCK_P, LAST)
+        values = tl.load(pointers, mask=inside & ~in_x, other=values)
+    return values
+
+
+@triton.jit
 def given(operand, at, valid, OTHERWISE: tl.constexpr):
     """An optional operand's values as float32, or what leaves the result as it is."""
     if operand is None:
@@ -213,8 +244,8 @@ def activate(y, SILU: tl.constexpr):
 
 @triton.jit
 def resident_kernel(
-    x, y, weight, bias, add, scale, shift, add_stride, scale_stride, shift_stride, eps,
-    C: tl.constexpr, PIXELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    x, skip, y, concat, weight, bias, add, scale, shift, add_stride, scale_stride, shift_stride, eps,
+    C: tl.constexpr, C_X: tl.constexpr, PIXELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (C + GROUPS * GROUP - 1) // (GROUPS * GROUP)
@@ -225,7 +256,12 @@ def resident_kernel(
     offsets = place(PIXELS, C, BLOCK_C, BLOCK_P, LAST)
     start = sample * (C * PIXELS) + (first if LAST else first.to(tl.int64) * PIXELS)
 
-    values = tl.load(x + start + offsets, mask=inside, other=0.0).to(tl.float32)
+    values = read(
+        x, skip, start, offsets, inside, sample, first, 0, PIXELS, C, C_X, BLOCK_C, BLOCK_P, LAST
+    )  # fmt: skip
+    if concat is not None:
+        tl.store(concat + start + offsets, values, mask=inside)
+    values = values.to(tl.float32)
     scale_at, shift_at = sample * scale_stride + c, sample * shift_stride + c
     gain, offset = affine(weight, bias, scale, shift, scale_at, shift_at, c, valid)
     added = given(add, sample * add_stride + c, valid, 0.0)
@@ -242,8 +278,8 @@ def resident_kernel(
 
 @triton.jit
 def partials_kernel(
-    x, partials, pixels, slot_stride,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr,
+    x, skip, partials, pixels, slot_stride,
+    C: tl.constexpr, C_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """partials (3, B, chunks, C): a chunk's mean by channel, and the sums of the rest and of its squares."""
     TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -254,7 +290,10 @@ def partials_kernel(
     inside = (c < C)[:, None] & (first_p + tl.arange(0, BLOCK_P) < pixels)[None, :]
     start = sample * C * pixels + (first_p * C + first_c if LAST else first_c.to(tl.int64) * pixels + first_p)
 
-    values = tl.load(x + start + place(pixels, C, BLOCK_C, BLOCK_P, LAST), mask=inside, other=0.0)
+    offsets = place(pixels, C, BLOCK_C, BLOCK_P, LAST)
+    values = read(
+        x, skip, start, offsets, inside, sample, first_c, first_p, pixels, C, C_X, BLOCK_C, BLOCK_P, LAST
+    )  # fmt: skip
     count = tl.minimum(pixels - first_p, BLOCK_P).to(tl.float32)
     _, mean, s1, s2 = moments(values.to(tl.float32), inside, count)
     slot = partials + (sample * chunks + chunk) * C + c
@@ -313,8 +352,9 @@ def finish_kernel(
 
 @triton.jit
 def apply_kernel(
-    x, y, coefficients, pixels, row_stride,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
+    x, skip, y, concat, coefficients, pixels, row_stride,
+    C: tl.constexpr, C_X: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     sample, first_c = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES * BLOCK_C
@@ -324,7 +364,12 @@ def apply_kernel(
     offsets = place(pixels, C, BLOCK_C, BLOCK_P, LAST)
     start = sample * C * pixels + (first_p * C + first_c if LAST else first_c.to(tl.int64) * pixels + first_p)
 
-    values = tl.load(x + start + offsets, mask=inside, other=0.0).to(tl.float32)
+    values = read(
+        x, skip, start, offsets, inside, sample, first_c, first_p, pixels, C, C_X, BLOCK_C, BLOCK_P, LAST
+    )  # fmt: skip
+    if concat is not None:
+        tl.store(concat + start + offsets, values, mask=inside)
+    values = values.to(tl.float32)
     row = coefficients + sample * C + c
     mean = tl.load(row, mask=c < C, other=0.0)
     gain = tl.load(row + row_stride, mask=c < C, other=0.0)
@@ -353,7 +398,9 @@ def with_strides(weight, bias, add, scale, shift) -> tuple:
     return (*vectors, *rows, *(0 if v is None else v.stride(0) for v in rows))
 
 
-def split_statistics(x: Tensor, shape: Shape, operands: tuple, eps: float) -> Tensor:
+def split_statistics(
+    x: Tensor, shape: Shape, operands: tuple, eps: float, skip: Tensor | None = None
+) -> Tensor:
     """The coefficients (8, B, C) of a large image; see `finish_kernel`."""
     tile = split_tile(shape)
     chunks = triton.cdiv(shape.pixels, tile.block_p)
@@ -362,8 +409,8 @@ def split_statistics(x: Tensor, shape: Shape, operands: tuple, eps: float) -> Te
     coefficients = x.new_empty((8, shape.batch, shape.channels), dtype=torch.float32)
     grid = (shape.batch * triton.cdiv(shape.channels, tile.block_c), chunks)
     partials_kernel[grid](
-        x, partials, shape.pixels, partials.stride(0), shape.channels, tile.block_c, tile.block_p,
-        shape.channels_last, **tile.launch(),
+        x, skip, partials, shape.pixels, partials.stride(0), shape.channels, x.shape[1], tile.block_c,
+        tile.block_p, shape.channels_last, **tile.launch(),
     )  # fmt: skip
     finish_kernel[(shape.batch * shape.groups,)](
         partials, coefficients, *operands, eps, shape.pixels, chunks, partials.stride(0),
@@ -386,24 +433,37 @@ def group_norm_silu(
 ) -> Tensor:
     x, shape = in_layout(x, num_groups)
     y = torch.empty_like(x, memory_format=reference.memory_format(x))
-    operands = with_strides(weight, bias, add, scale, shift)
+    normalise(x, None, y, None, shape, with_strides(weight, bias, add, scale, shift), eps, silu)
+    return y
+
+
+def normalise(
+    x: Tensor,
+    skip: Tensor | None,
+    y: Tensor,
+    concat: Tensor | None,
+    shape: Shape,
+    operands: tuple,
+    eps: float,
+    silu: bool,
+) -> None:
+    """The norm of x, or of [x, skip], into y; the latter itself into `concat`. All in one layout."""
     with torch.cuda.device_of(x):
         tile = resident_tile(shape, best=16384, most=32768)
         if tile is not None:
             grid = (shape.batch * triton.cdiv(shape.groups, tile.groups),)
             resident_kernel[grid](
-                x, y, *operands, eps, shape.channels, shape.pixels, shape.group, tile.groups,
-                tile.block_c, tile.block_p, shape.channels_last, silu, **tile.launch(),
+                x, skip, y, concat, *operands, eps, shape.channels, x.shape[1], shape.pixels, shape.group,
+                tile.groups, tile.block_c, tile.block_p, shape.channels_last, silu, **tile.launch(),
             )  # fmt: skip
         else:
-            coefficients = split_statistics(x, shape, operands, eps)
+            coefficients = split_statistics(x, shape, operands, eps, skip)
             tile = split_tile(shape)
             grid = (
                 shape.batch * triton.cdiv(shape.channels, tile.block_c),
                 triton.cdiv(shape.pixels, tile.block_p),
             )
             apply_kernel[grid](
-                x, y, coefficients, shape.pixels, coefficients.stride(0), shape.channels, tile.block_c,
-                tile.block_p, shape.channels_last, silu, num_warps=tile.warps,
+                x, skip, y, concat, coefficients, shape.pixels, coefficients.stride(0), shape.channels,
+                x.shape[1], tile.block_c, tile.block_p, shape.channels_last, silu, num_warps=tile.warps,
             )  # fmt: skip
-    return y

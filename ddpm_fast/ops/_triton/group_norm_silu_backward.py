@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ... import reference
 from .group_norm_silu import (
+    Shape,
+    Tile,
     affine,
     finish_tile,
     given,
@@ -229,6 +231,18 @@ def apply_backward_kernel(
 # ---- launcher ----
 
 
+def resident_launch(tile: Tile, shape: Shape) -> dict[str, int | bool]:
+    """With two values an element, 32 elements a thread in a large tile too: 64 spill on sm_100.
+
+    But not where the 16 bytes that a thread reads are of eight channels: what it keeps for each of those does
+    not grow less with more warps, and their registers do.
+    """
+    launch = tile.launch(products=True)
+    if not (shape.channels_last and shape.itemsize == 2):
+        launch["num_warps"] = max(tile.warps, tile.elements // 1024)
+    return launch
+
+
 def group_norm_silu_backward(
     grad: Tensor,
     x: Tensor,
@@ -256,7 +270,7 @@ def group_norm_silu_backward(
         if tile is not None:
             resident_backward_kernel[(batch * triton.cdiv(num_groups, tile.groups),)](
                 grad, x, grad_x, *rows, *operands, eps, channels, shape.pixels, shape.group, tile.groups,
-                tile.block_c, tile.block_p, shape.channels_last, silu, **tile.launch(products=True),
+                tile.block_c, tile.block_p, shape.channels_last, silu, **resident_launch(tile, shape),
             )  # fmt: skip
         else:
             _split(grad, x, grad_x, rows, operands, eps, shape, silu)

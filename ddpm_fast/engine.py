@@ -1,0 +1,163 @@
+"""One step of a run, the model and then the update, on buffers that stay where they are.
+
+It is the same step on the CPU, on a GPU and inside a captured graph: what it reads is in the buffers, and
+what does not depend on the images is computed before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .unet import TimeRows, UNet
+
+Model = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, "Tensor | None", "Tensor | None"], None]
+"""``step(i, t, noise)`` moves the buffers on: i 0-d or (B,), t (B,) or None where time rows are read."""
+
+
+@dataclass
+class Buffers:
+    """All that a step reads and writes, on one device; None for what a run does without.
+
+    Attributes:
+        x, x0: float32 (B, ...), contiguous: the state, and the x0 of the step before.
+        i: 0-d or (B,) int64: the row of the table that comes next.
+        table, timesteps: float32 (N, 7 or 9) and int64 (N,): a `StepTable`'s, or several under each other.
+        seed, image_index: of the counter noise, int64.
+        step: (B,) int64, where the counter noise's step is not ``i``, and the kernel cannot draw it.
+        clip: (B,) float32, each sample's bound of x0, where they differ.
+        noise: like x, where it is drawn on the host.
+        rows: the time rows of the timesteps, where the model is our U-Net.
+    """
+
+    x: Tensor
+    x0: Tensor | None
+    i: Tensor
+    table: Tensor
+    timesteps: Tensor
+    seed: Tensor | None = None
+    image_index: Tensor | None = None
+    step: Tensor | None = None
+    clip: Tensor | None = None
+    noise: Tensor | None = None
+    rows: TimeRows | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.rows is not None:
+            given |= {"values": self.rows.values, "biases": self.rows.biases}
+        return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+
+    def layout(self) -> tuple[Any, ...]:
+        """What has to be the same for one's values to be copied into another."""
+        return tuple((name, value.shape, value.dtype, value.device) for name, value in self.tensors().items())
+
+    def clone(self) -> Buffers:
+        copies = {name: value.clone() for name, value in self.tensors().items()}
+        rows = self.rows
+        if rows is not None:
+            rows = replace(rows, values=copies.pop("values"), biases=copies.pop("biases"))
+        return replace(self, rows=rows, **copies)
+
+    def load(self, other: Buffers) -> None:
+        """Take the values of another of the same layout."""
+        given = other.tensors()
+        for name, value in self.tensors().items():
+            value.copy_(given[name])
+
+    def first(self, live: int) -> Buffers:
+        """The first samples of the batch, as views."""
+        return replace(self, **{name: value[:live] for name, value in self._by_sample().items()})
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one sample of the batch over another."""
+        for value in self._by_sample().values():
+            value[target].copy_(value[source])
+
+    def _by_sample(self) -> dict[str, Tensor]:
+        given = self.tensors()
+        names = ("x", "x0", "i", "seed", "image_index", "step", "clip")
+        return {name: given[name] for name in names if name in given}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model as a step calls it.
+
+    Attributes:
+        model: ``model(x, t) -> out``.
+        dtype: what x is converted to; None to leave it float32.
+        channels_last: whether a 4-d x is laid out so.
+    """
+
+    model: Model
+    dtype: torch.dtype | None
+    channels_last: bool
+
+    def time_rows(self, timesteps: Tensor) -> TimeRows | None:
+        """What our own U-Net computes once a run; None for any other model, which is called as it is."""
+        model = self.model
+        if not isinstance(model, UNet) or model.class_embedding is not None or not model.is_plain():
+            return None
+        return model.time_rows(timesteps)
+
+    def bind(self, buffers: Buffers, clip: float | None) -> Step:
+        """The step on these buffers. It raises TypeError or ValueError for an ``out`` that does not fit."""
+        model, x, rows = self.model, buffers.x, buffers.rows
+        options: dict[str, Any] = {"dtype": self.dtype or x.dtype}
+        if self.channels_last and x.dim() == 4:
+            options["memory_format"] = torch.channels_last
+        as_it_is = len(options) == 1 and options["dtype"] == x.dtype
+        move = ops.bind_step(
+            x,
+            buffers.table,
+            x0=buffers.x0,
+            clip=clip if buffers.clip is None else buffers.clip,
+            seed=buffers.seed if buffers.step is None else None,
+            image_index=buffers.image_index if buffers.step is None else None,
+        )
+
+        def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
+            given = x if as_it_is else x.to(**options)
+            out = model(given, t) if rows is None else model.forward_rows(given, rows, i)
+            if not isinstance(out, Tensor):
+                raise TypeError(
+                    f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "
+                    "lambda x, t: model(x, t).sample"
+                )
+            move(out, i, noise)
+
+        return step
+
+
+def advancing(step: Step, buffers: Buffers, draw: Callable[[], Tensor | None]) -> Callable[[], None]:
+    """The step at ``buffers.i``, which then moves on by one: nothing in it depends on the host."""
+    i, batch = buffers.i, len(buffers.x)
+
+    def advance() -> None:
+        t = None if buffers.rows is not None else buffers.timesteps.index_select(0, i.reshape(-1))
+        step(i, None if t is None else t.expand(batch), draw())
+        i.add_(1)
+
+    return advance
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """A module in eval mode, without gradients; each of its parts as it was afterwards."""
+    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
