@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,11 +96,27 @@ class Network:
         model: ``model(x, t) -> out``.
         dtype: what x is converted to; None to leave it float32.
         channels_last: whether a 4-d x is laid out so.
+        compile: False, True or "max-autotune": whether it is called through ``torch.compile``, whole.
     """
 
     model: Model
     dtype: torch.dtype | None
     channels_last: bool
+    compile: bool | str = False
+
+    @cached_property
+    def _compiled(self) -> dict[str, Callable[..., Tensor]]:
+        """The ways to call the model, compiled; on the CPU with the weights frozen in oneDNN's layout."""
+        options: dict[str, Any] = {}
+        if self.compile == "max-autotune":  # its own CUDA graphs would be captured within ours
+            options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
+        if parameter is not None and parameter.device.type == "cpu":
+            options["freezing"] = True
+        calls = {"x and t": self.model}
+        if isinstance(self.model, UNet):
+            calls["rows"] = self.model.forward_rows
+        return {name: torch.compile(call, fullgraph=True, options=options) for name, call in calls.items()}
 
     def time_rows(self, timesteps: Tensor) -> TimeRows | None:
         """What our own U-Net computes once a run; None for any other model, which is called as it is."""
@@ -110,7 +127,10 @@ class Network:
 
     def bind(self, buffers: Buffers, clip: float | None) -> Step:
         """The step on these buffers. It raises TypeError or ValueError for an ``out`` that does not fit."""
-        model, x, rows = self.model, buffers.x, buffers.rows
+        x, rows = buffers.x, buffers.rows
+        model, forward_rows = self.model, getattr(self.model, "forward_rows", None)
+        if self.compile:
+            model, forward_rows = self._compiled["x and t"], self._compiled.get("rows")
         options: dict[str, Any] = {"dtype": self.dtype or x.dtype}
         if self.channels_last and x.dim() == 4:
             options["memory_format"] = torch.channels_last
@@ -126,7 +146,7 @@ class Network:
 
         def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
             given = x if as_it_is else x.to(**options)
-            out = model(given, t) if rows is None else model.forward_rows(given, rows, i)
+            out = model(given, t) if rows is None else forward_rows(given, rows, i)
             if not isinstance(out, Tensor):
                 raise TypeError(
                     f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "

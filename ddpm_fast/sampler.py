@@ -71,6 +71,10 @@ class Sampler:
         channels_last: feed the model 4-d inputs in that layout; a module is copied and its weights converted
             too. "auto": on CUDA where ``dtype`` is a half, so that the copy is made anyway; on the CPU for
             our U-Net, which is not copied, since it lays out its weights itself (`convolution.Conv2d`).
+        compile: call the model through ``torch.compile``, whole (a graph break is an error); "max-autotune"
+            also tries out kernels. A first call takes some seconds to a minute, a second batch size once
+            more; torch keeps what it compiled between processes. On the CPU the module is copied and its
+            weights are frozen.
 
     Attributes:
         table: the `StepTable` of the run.
@@ -100,6 +104,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         graph: bool | str = "auto",
         channels_last: bool | str = "auto",
+        compile: bool | str = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
@@ -109,6 +114,8 @@ class Sampler:
             isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
         ):
             raise ValueError(f"clip must be None or a positive number, got {clip!r}")
+        if compile is not True and compile is not False and compile != "max-autotune":
+            raise ValueError(f"compile must be False, True or 'max-autotune', got {compile!r}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
         for name, value in (("graph", graph), ("channels_last", channels_last)):
@@ -147,14 +154,15 @@ class Sampler:
         self.channels_last = channels_last is True
         if isinstance(model, nn.Module):
             converts = self.channels_last and not packs  # which lays out its weights itself
-            if dtype is not None or converts:
+            freezes = bool(compile) and parameter is not None and parameter.device.type == "cpu"
+            if dtype is not None or converts or freezes:
                 layout = {"memory_format": torch.channels_last} if converts else {}
                 model = copy.deepcopy(model).to(dtype=dtype, **layout)
             if dtype is None and parameter is not None and parameter.dtype in halves:
                 dtype = parameter.dtype
         self.dtype = dtype
         self.model = model
-        self._network = Network(model, dtype, self.channels_last)
+        self._network = Network(model, dtype, self.channels_last, compile)
         self._graphs = Graphs(model, graph)
 
     @property
@@ -381,7 +389,13 @@ class _Run:
             return advancing(step, buffers, lambda: drawn.draw(buffers.x) if own else buffers.noise)
 
         inputs = replace(buffers, noise=torch.zeros_like(x)) if self.noise_is_given else buffers
-        settings = (sampler.clip, sampler.dtype, sampler.channels_last, len(self.generators))
+        settings = (
+            sampler.clip,
+            sampler._network.compile,
+            sampler.dtype,
+            sampler.channels_last,
+            len(self.generators),
+        )
         self.captured = self.graphs.take(inputs, bind, self.generators, settings)
         if self.captured is not None:
             self.x, self.x0 = self.captured.buffers.x, self.captured.buffers.x0

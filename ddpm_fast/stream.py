@@ -175,7 +175,13 @@ class Stream:
 
     def _step(self) -> None:
         if self.advance is None:
-            settings = ("stream", self.draws, self.network.dtype, self.network.channels_last)
+            settings = (
+                "stream",
+                self.draws,
+                self.network.compile,
+                self.network.dtype,
+                self.network.channels_last,
+            )
             self.captured = self.graphs.take(self.buffers, self._bind, (), settings)
             if self.captured is not None:
                 self.buffers = self.captured.buffers

@@ -132,7 +132,7 @@ def test_the_poison_is_in_every_output(poisoned, monkeypatch):
     assert torch.empty(5).isnan().all() and torch.empty_like(torch.zeros(2, 3, 4, 5)).isnan().all()
     if _dispatch.NATIVE_MISSING is not None:
         pytest.skip(_dispatch.NATIVE_MISSING)
-    source = (Path(__file__).parents[1] / "csrc" / "cpu" / "layout.h").read_text()
+    source = (Path(__file__).parents[1] / "csrc" / "layout.h").read_text()
     assert "aoti_torch_empty_strided" not in source  # it takes memory as it finds it
 
 

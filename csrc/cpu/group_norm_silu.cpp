@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "../common.h"
+#include "../layout.h"
 #include "kernels.h"
-#include "layout.h"
 
 namespace ddpm_fast {
 namespace {
@@ -18,8 +18,8 @@ class Channels {
     if (!values) return;
     check(values->numel() == size, name, " must have ", size, " elements");
     values_ = as_contiguous(*values);
-    const cpu::Dtype dtype = dtype_of(name, *values_);
-    if (dtype == cpu::Dtype::kFloat) {
+    const Dtype dtype = dtype_of(name, *values_);
+    if (dtype == Dtype::kFloat) {
       data_ = static_cast<const float*>(values_->const_data_ptr());
     } else {
       converted_.resize(size);
@@ -50,8 +50,8 @@ std::tuple<Tensor, OptionalTensor> norm(
     Tensor x, OptionalTensor skip, int64_t num_groups, const OptionalTensor& weight,
     const OptionalTensor& bias, double eps, const OptionalTensor& add, const OptionalTensor& scale,
     const OptionalTensor& shift, bool silu, bool builds) {
-  const cpu::Dtype dtype = dtype_of("x", x);
-  check(dtype != cpu::Dtype::kDouble, "x must be float32, bfloat16 or float16");
+  const Dtype dtype = dtype_of("x", x);
+  check(dtype != Dtype::kDouble, "x must be float32, bfloat16 or float16");
   check(x.dim() >= 2 && x.numel() > 0, "x must be (B, C, ...) and not empty");
   const int64_t batch = x.size(0), from_x = x.size(1), pixels = x.numel() / (batch * from_x);
   const int64_t from_skip = skip ? skip->size(1) : 0, channels = from_x + from_skip;

@@ -11,8 +11,6 @@
 
 namespace ddpm_fast::cpu {
 
-using ddpm_fast::Dtype;
-
 struct StepRow {  // one row of a sampler's table, and the bound on |x0|
   double x0_from_x, x0_from_out;
   double x_from_x0, x_from_x, x_from_out, x_from_x0_prev, x_from_noise;

@@ -3,7 +3,6 @@
 //   out[b, e] = normal(seed[b], image_index[b], stream << 28 | step[b], e)      (noise.cuh)
 //
 // out (B, ...) float32, contiguous. One launch; reads nothing an element and writes 4 bytes; float32.
-#include <type_traits>
 
 #include "device.cuh"
 #include "kernels.h"

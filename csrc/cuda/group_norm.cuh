@@ -405,21 +405,6 @@ __device__ __forceinline__ float reciprocal(float x) {
 // y / (1 + e^-y). What __expf lacks where y is large, e^-y is small beside 1 or the result beside others.
 __device__ __forceinline__ float silu(float y) { return y * reciprocal(1 + __expf(-y)); }
 
-// f(T()) for the type that a dtype names
-template <typename F>
-void with_type(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kFloat:
-      return f(float{});
-    case Dtype::kBFloat16:
-      return f(__nv_bfloat16{});
-    case Dtype::kHalf:
-      return f(__half{});
-    default:
-      throw std::invalid_argument("x must be float32, bfloat16 or float16");
-  }
-}
-
 // What a block knows of its channels, in shared memory: arrays of `width` floats, then the slots of
 // Tile::sum.
 struct Channels {

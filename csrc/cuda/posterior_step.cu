@@ -160,8 +160,8 @@ void posterior_step(const PosteriorStep& given, cudaStream_t stream) {
   const bool contiguous = given.out_layout.channels == 0;
   args.out_layout = dense(given.out_layout, given.elements);
   const int64_t variance = contiguous ? given.elements : given.elements / given.out_layout.pixels;
-  with_type(args.dtype, [&](auto* typed) {
-    using T = std::remove_pointer_t<decltype(typed)>;
+  with_type(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
     if (args.out_dtype == args.dtype) {
       launch_typed<T, T>(args, variance, contiguous, stream);
     } else if constexpr (std::is_same_v<T, float>) {

@@ -6,7 +6,6 @@
 // With s bytes an element: 2 s read and s written with the noise given; s read and 2 s written with the noise
 // drawn, which is rounded before it is used, so that both give the same x_t. t is read on the device: a
 // sample whose t is outside the table is NaN.
-#include <type_traits>
 
 #include "device.cuh"
 #include "kernels.h"
@@ -79,8 +78,8 @@ __global__ void __launch_bounds__(kThreads) q_sample_counter_kernel(QSampleCount
 
 void q_sample(const QSample& args, cudaStream_t stream) {
   if (args.batch * args.elements == 0) return;
-  with_type(args.dtype, [&](auto* typed) {
-    using T = std::remove_pointer_t<decltype(typed)>;
+  with_type(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
     constexpr int E = kWide<T>;
     const bool wide = args.elements % E == 0 && aligned(args.x0) && aligned(args.noise) && aligned(args.x_t);
     const Spans spans = spans_of(args.batch, args.elements, wide ? E : 4);
@@ -94,8 +93,8 @@ void q_sample_counter(const QSampleCounter& given, cudaStream_t stream) {
   if (given.batch * given.elements == 0) return;
   QSampleCounter args = given;
   args.layout = dense(given.layout, given.elements);
-  with_type(args.dtype, [&](auto* typed) {
-    using T = std::remove_pointer_t<decltype(typed)>;
+  with_type(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
     constexpr int E = kWide<T>;
     const bool wide = given.layout.channels == 0 && args.elements % E == 0 && aligned(args.x0) &&
                       aligned(args.noise) && aligned(args.x_t);

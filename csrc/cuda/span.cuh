@@ -143,12 +143,4 @@ __device__ __forceinline__ void store_walk(T* to, Walk walk, int64_t left, const
   }
 }
 
-// f(null pointer to the element type)
-template <typename F>
-void with_type(Dtype dtype, const F& f) {
-  if (dtype == Dtype::kFloat) f(static_cast<float*>(nullptr));
-  if (dtype == Dtype::kBFloat16) f(static_cast<__nv_bfloat16*>(nullptr));
-  if (dtype == Dtype::kHalf) f(static_cast<__half*>(nullptr));
-}
-
 }  // namespace ddpm_fast::cuda

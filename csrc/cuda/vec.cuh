@@ -7,7 +7,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
+
+#include "../dtype.h"
 
 namespace ddpm_fast::cuda {
 
@@ -104,6 +107,21 @@ __device__ __forceinline__ Raw<T, V> pack(const float (&x)[V]) {
       }
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// f(T()) for the type that a dtype names
+template <typename F>
+void with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return f(float{});
+    case Dtype::kBFloat16:
+      return f(__nv_bfloat16{});
+    case Dtype::kHalf:
+      return f(__half{});
+    default:
+      throw std::invalid_argument("a CUDA kernel takes float32, bfloat16 or float16");
   }
 }
 
