@@ -11,6 +11,7 @@ PACKS: bool = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, op) for op in ("_convolution_pointwise", "_reorder_convolution_weight")
 )
 """Whether this torch has the two oneDNN ops that its own compiler uses for frozen weights."""
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Packed(NamedTuple):
@@ -54,7 +55,7 @@ class Conv2d(nn.Conv2d):
             and not torch.compiler.is_compiling()
             and type(x) is Tensor
             and x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.dtype in DTYPES
             and x.dtype == self.weight.dtype
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.is_autocast_enabled("cpu")

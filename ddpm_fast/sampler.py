@@ -149,6 +149,7 @@ class Sampler:
         if parameter is not None:
             _check_device(parameter.device, dtype, graph)
             packs = isinstance(model, UNet) and parameter.device.type == "cpu" and convolution.PACKS
+            packs = packs and (dtype or parameter.dtype) in convolution.DTYPES
             if channels_last == "auto":
                 channels_last = packs or (parameter.is_cuda and dtype in halves)
         self.channels_last = channels_last is True

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, ops, reference, to_uint8
+from ddpm_fast.convolution import PACKS
 from ddpm_fast.ops import _dispatch
 from ddpm_fast.sampler import _check_device
 
@@ -249,14 +250,15 @@ def test_a_half_model_runs_in_its_own_dtype(unet):
     assert sampler.model is half and sampler(1).dtype == torch.float32
 
 
-def test_time_rows_are_read_of_a_plain_unet_only(unet):
+def test_time_rows_are_read_of_a_plain_unet_only(unet, one_thread):
     """A hook, a subclass or a wrapper is called as it is, and the images are the same."""
     model, called = copy.deepcopy(unet), []
-    rows = Sampler(model, SCHEDULE, num_steps=5)
+    run = {"num_steps": 5, "channels_last": True}
+    rows = Sampler(model, SCHEDULE, **run)
     model.time_rows = lambda *arguments: called.append("rows") or UNet.time_rows(model, *arguments)
     expected = rows(2)
     assert called == ["rows"]
-    assert torch.equal(Sampler(lambda x, t: model(x, t), SCHEDULE, num_steps=5)(2, shape=(3, 8, 8)), expected)
+    assert torch.equal(Sampler(lambda x, t: model(x, t), SCHEDULE, **run)(2, shape=(3, 8, 8)), expected)
     handle = model.register_forward_hook(lambda *_: called.append("hook"))
     assert torch.equal(rows(2), expected)
     assert called == ["rows"] + 5 * ["hook"]
@@ -266,7 +268,7 @@ def test_time_rows_are_read_of_a_plain_unet_only(unet):
     changed = rows(2)
     model.mid_block.resnets[0].time_emb_proj.bias = torch.nn.Parameter(torch.ones(32))
     assert not torch.equal(changed, expected) and not torch.equal(rows(2), changed)
-    assert torch.equal(rows(2), Sampler(model.__call__, SCHEDULE, num_steps=5)(2, shape=(3, 8, 8)))
+    assert torch.equal(rows(2), Sampler(model.__call__, SCHEDULE, **run)(2, shape=(3, 8, 8)))
 
 
 def test_a_model_of_classes_says_what_it_needs():
@@ -287,16 +289,26 @@ def test_channels_last(unet):
     assert all(seen) and len(seen) == 5 and x.is_contiguous()
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
 
-    sampler = Sampler(unet, SCHEDULE, num_steps=5, channels_last=True)
-    weight = sampler.model.mid_block.resnets[0].conv1.weight
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, x, t):
+            return self.unet(x, t)
+
+    sampler = Sampler(Wrapped(), SCHEDULE, num_steps=5, channels_last=True)
+    weight = sampler.model.unet.mid_block.resnets[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    torch.testing.assert_close(sampler(2), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(sampler(2, shape=(3, 8, 8)), expected, rtol=0, atol=1e-4)
     assert unet.mid_block.resnets[0].conv1.weight.is_contiguous()
+    assert Sampler(unet, SCHEDULE, channels_last=True).model is unet  # lays out its weights itself
 
     flat = Sampler(lambda x, t: 0.1 * x, SCHEDULE, num_steps=2, channels_last=True)  # not 4-d: as it is
     assert flat(3, shape=(2,)).shape == (3, 2)
-    for dtype in (None, torch.bfloat16):
-        assert not Sampler(unet, SCHEDULE, dtype=dtype).channels_last  # "auto", on the CPU
+    for dtype in (None, torch.bfloat16, torch.float16):  # "auto", on the CPU
+        assert Sampler(unet, SCHEDULE, dtype=dtype).channels_last == (PACKS and dtype != torch.float16)
+        assert not Sampler(Wrapped(), SCHEDULE, dtype=dtype).channels_last
 
 
 def test_a_dtype_that_the_device_lacks(monkeypatch):
