@@ -44,6 +44,8 @@ class CMakeBuild(build_ext):
     def run(self):
         build = Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath("ddpm_fast._C")).resolve().parent
+        for name in ("_C", "_C_cuda"):  # of an earlier build, perhaps with other wishes
+            (target / f"{name}.abi3.so").unlink(missing_ok=True)
         configure = [
             "cmake",
             "--fresh",

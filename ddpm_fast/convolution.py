@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-PACKS: bool = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, op) for op in ("_convolution_pointwise", "_reorder_convolution_weight")
-)
-"""Whether this torch has the two oneDNN ops that its own compiler uses for frozen weights."""
-DTYPES = (torch.float32, torch.bfloat16)
 
-
-class _Packed(NamedTuple):
+class Packed(NamedTuple):
     key: tuple
     weight: Tensor  # opaque: only oneDNN reads it
+
+
+Packs = dict[nn.Module, Packed]
+
+_PACKS: ContextVar[Packs | None] = ContextVar("packs", default=None)
+
+
+@contextmanager
+def packing(packs: Packs) -> Iterator[None]:
+    """Within, each `Conv2d` keeps its laid-out weight in ``packs``: for one run, whose weights do not change.
+
+    The copies are as large as the weights, and gone with ``packs``.
+    """
+    token = _PACKS.set(packs)
+    try:
+        yield
+    finally:
+        _PACKS.reset(token)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether there are the oneDNN ops that torch's own compiler uses for frozen weights, in that dtype."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_reorder_convolution_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` (one group, padded with zeros) that may add another tensor to its result.
 
     On the CPU torch lays a weight out for oneDNN anew at every call, which for one image costs up to three
-    quarters of the convolution itself. Where nothing is differentiated and x is channels_last float32 or
-    bfloat16, this layer does it once for a shape of x and a weight as it is (a change in place shows). The
-    copy is as large as the weight, and no part of the state dict, of copies or of pickles. Elsewhere, with
-    autocast or ``torch.compile`` for instance, it is ``nn.Conv2d``.
+    quarters of the convolution itself. Within `packing`, where x is channels_last float32 or bfloat16, this
+    layer does it once for a shape of x. Elsewhere it is ``nn.Conv2d``.
     """
-
-    _packed: _Packed | None = None
 
     def forward(self, x: Tensor, plus: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W'), and ``plus``, of the result's shape, added to it.
@@ -37,10 +56,11 @@ class Conv2d(nn.Conv2d):
         ``bias`` (C_out,) stands for the layer's own.
         """
         bias = self.bias if bias is None else bias
-        if not self._packable(x):
+        packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+        if packs is None or not self._packable(x):
             result = self._conv_forward(x, self.weight, bias)
             return result if plus is None else plus + result
-        weight = self._pack(x)
+        weight = self._pack(x, packs)
         window = (self.padding, self.stride, self.dilation, 1)
         convolve = torch.ops.mkldnn._convolution_pointwise
         if plus is not None and plus.is_contiguous(memory_format=torch.channels_last):
@@ -50,28 +70,25 @@ class Conv2d(nn.Conv2d):
 
     def _packable(self, x: Tensor) -> bool:
         return (
-            PACKS
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            not torch.is_grad_enabled()
             and type(x) is Tensor
+            and type(self.weight) is nn.Parameter  # one that is computed anew at each call has no version
+            and not self.weight.is_inference()
             and x.device.type == "cpu"
-            and x.dtype in DTYPES
             and x.dtype == self.weight.dtype
             and x.is_contiguous(memory_format=torch.channels_last)
-            and not torch.is_autocast_enabled("cpu")
             and torch.backends.mkldnn.enabled
-            and not self.weight.is_inference()  # whose changes could not be seen
+            and not torch.is_autocast_enabled("cpu")
+            and can_pack(x.dtype)
         )
 
-    def _pack(self, x: Tensor) -> Tensor:
+    def _pack(self, x: Tensor, packs: Packs) -> Tensor:
         weight = self.weight
         key = (x.shape, x.dtype, weight.data_ptr(), weight._version)
-        if self._packed is None or self._packed.key != key:
-            self._packed = None  # free the old one first
+        packed = packs.get(self)
+        if packed is None or packed.key != key:
+            packs.pop(self, None)  # free the old one first
             window = (self.padding, self.stride, self.dilation, 1)
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *window, list(x.shape))
-            self._packed = _Packed(key, packed)
-        return self._packed.weight
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+            laid_out = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *window, list(x.shape))
+            packed = packs[self] = Packed(key, laid_out)
+        return packed.weight

@@ -7,9 +7,10 @@ what does not depend on the images is computed before the first step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -106,17 +107,26 @@ class Network:
 
     @cached_property
     def _compiled(self) -> dict[str, Callable[..., Tensor]]:
-        """The ways to call the model, compiled; on the CPU with the weights frozen in oneDNN's layout."""
-        options: dict[str, Any] = {}
+        """The ways to call the model, compiled."""
+        given: dict[str, Any] = {}
         if self.compile == "max-autotune":  # its own CUDA graphs would be captured within ours
-            options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
-        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
-        if parameter is not None and parameter.device.type == "cpu":
-            options["freezing"] = True
+            given["options"] = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+        if "isolate_recompiles" in signature(torch.compile).parameters:  # else eight a process are the limit
+            given["isolate_recompiles"] = True
         calls = {"x and t": self.model}
         if isinstance(self.model, UNet):
             calls["rows"] = self.model.forward_rows
-        return {name: torch.compile(call, fullgraph=True, options=options) for name, call in calls.items()}
+        return {name: torch.compile(call, fullgraph=True, **given) for name, call in calls.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+
+    def _calling(self) -> AbstractContextManager:
+        """On the CPU a compiled model's weights are frozen, in oneDNN's layout; tracing has to know."""
+        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
+        if self.compile and parameter is not None and parameter.device.type == "cpu":
+            return torch._inductor.config.patch(freezing=True)
+        return nullcontext()
 
     def time_rows(self, timesteps: Tensor) -> TimeRows | None:
         """What our own U-Net computes once a run; None for any other model, which is called as it is."""
@@ -144,9 +154,12 @@ class Network:
             image_index=buffers.image_index if buffers.step is None else None,
         )
 
+        calling = self._calling()
+
         def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
             given = x if as_it_is else x.to(**options)
-            out = model(given, t) if rows is None else forward_rows(given, rows, i)
+            with calling:
+                out = model(given, t) if rows is None else forward_rows(given, rows, i)
             if not isinstance(out, Tensor):
                 raise TypeError(
                     f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "

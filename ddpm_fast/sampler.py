@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import convolution, ops, steps
+from . import ops, steps
+from .convolution import Packs, can_pack, packing
 from .cuda_graph import Graphs, Stats
 from .engine import Buffers, Model, Network, Step, advancing, evaluating
 from .noise import CounterNoise, Noise, TorchNoise
@@ -70,7 +71,7 @@ class Sampler:
             (see `cuda_graph.version`), while weights that change in place are seen.
         channels_last: feed the model 4-d inputs in that layout; a module is copied and its weights converted
             too. "auto": on CUDA where ``dtype`` is a half, so that the copy is made anyway; on the CPU for
-            our U-Net, which is not copied, since it lays out its weights itself (`convolution.Conv2d`).
+            our U-Net, which is not copied: it lays out its weights itself, once a run (`convolution`).
         compile: call the model through ``torch.compile``, whole (a graph break is an error); "max-autotune"
             also tries out kernels. A first call takes some seconds to a minute, a second batch size once
             more; torch keeps what it compiled between processes. On the CPU the module is copied and its
@@ -146,15 +147,16 @@ class Sampler:
         self.clip = None if clip is None else float(clip)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         halves = (torch.bfloat16, torch.float16)
+        packs = False  # whether the model lays out its weights itself
         if parameter is not None:
             _check_device(parameter.device, dtype, graph)
-            packs = isinstance(model, UNet) and parameter.device.type == "cpu" and convolution.PACKS
-            packs = packs and (dtype or parameter.dtype) in convolution.DTYPES
+            packs = isinstance(model, UNet) and parameter.device.type == "cpu"
+            packs = packs and can_pack(dtype or parameter.dtype)
             if channels_last == "auto":
                 channels_last = packs or (parameter.is_cuda and dtype in halves)
         self.channels_last = channels_last is True
         if isinstance(model, nn.Module):
-            converts = self.channels_last and not packs  # which lays out its weights itself
+            converts = self.channels_last and not packs
             freezes = bool(compile) and parameter is not None and parameter.device.type == "cpu"
             if dtype is not None or converts or freezes:
                 layout = {"memory_format": torch.channels_last} if converts else {}
@@ -213,7 +215,7 @@ class Sampler:
             run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0)
             try:
                 count = range(len(self.table))
-                with worthwhile(self.model, run.x):
+                with worthwhile(self.model, run.x), packing(run.packs):
                     for i in tqdm(count, desc=self.table.method, unit="step") if progress else count:
                         run.step(i)
                         if callback is not None:
@@ -252,7 +254,7 @@ class Sampler:
             last = len(self.table) - 1
             try:
                 for i in range(last + 1):
-                    with evaluating(self.model), worthwhile(self.model, run.x):
+                    with evaluating(self.model), worthwhile(self.model, run.x), packing(run.packs):
                         run.step(i)
                     if (i + 1) % every == 0 or i == last:
                         yield i, int(self.table.timesteps[i]), run.x.clone(), run.x0.clone()
@@ -272,7 +274,7 @@ class Sampler:
 
         A request joins at any step, as soon as a place is free, and leaves after its own last: none waits for
         a slower one. Its image is that of a run of its own, to the rounding of the model's batch size: the
-        noise is the counter's, of its own seed, index and step.
+        noise is the counter's, of its own seed, index and step. The weights must not change meanwhile.
 
         Args:
             requests: `Request`s, may be lazy: the next is asked for when a place is free.
@@ -370,6 +372,7 @@ class _Run:
         timesteps = table.timesteps_tensor(x.device)
         self.noise, self.draws = noise, table.draws.tolist()
         self.graphs = sampler._graphs
+        self.packs: Packs = {}
         indices = torch.arange(len(table), device=x.device).unbind()
         buffers = Buffers(
             x=x,

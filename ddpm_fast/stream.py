@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .convolution import Packs, packing
 from .cuda_graph import CapturedStep, Graphs
 from .engine import Buffers, Network, advancing, evaluating
 from .schedule import check_int
@@ -70,11 +72,13 @@ class Stream:
         self.used, self.draws = 0, False
         self.places: list[_Place | None] = [None] * batch_size
         self.advance: Callable[[], None] | None = None
+        self.packs: Packs = {}
         self.bound = 0  # how many samples `advance` moves on
         self.captured: CapturedStep | None = None
 
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
+            with torch.inference_mode(False):
+                return torch.zeros(size, dtype=dtype, device=device)
 
         self.buffers = Buffers(
             x=zeros(batch_size, *shape, dtype=torch.float32),
@@ -96,13 +100,20 @@ class Stream:
                 come = list(zip(free, requests, strict=False))
                 if not come and len(free) == len(self.places):
                     return
-                with evaluating(self.network.model), worthwhile(self.network.model, self.buffers.x):
+                with self._running():
                     for k, request in come:
                         self._join(k, request)
                     images = self._next_images()
                 yield from images
         finally:
             self._release()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        model = self.network.model
+        threads = worthwhile(model, self.buffers.x)
+        with torch.inference_mode(False), evaluating(model), packing(self.packs), threads:
+            yield  # out of the caller's inference mode, since the buffers outlive it
 
     def _next_images(self) -> list[tuple[Request, Tensor]]:
         """Step until a request is done: those that are, whose places are free then."""
@@ -124,11 +135,16 @@ class Stream:
             raise ValueError(f"a request's clip must be None or a positive number, got {clip!r}")
         shape, device = self.buffers.x.shape[1:], self.buffers.x.device
         x_T = request.x_T
-        if x_T is not None and (not isinstance(x_T, Tensor) or x_T.shape != shape):
-            given = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
-            raise ValueError(f"a request's x_T must be a Tensor of shape {tuple(shape)}, got {given}")
+        if x_T is not None and (
+            not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.shape != shape
+        ):
+            given = f"{tuple(x_T.shape)} {x_T.dtype}" if isinstance(x_T, Tensor) else type(x_T).__name__
+            raise ValueError(
+                f"a request's x_T must be a floating Tensor of shape {tuple(shape)}, got {given}"
+            )
         seed = ops.as_seed(request.seed, 1, device)
-        image_index = ops.as_image_index(request.image_index, 1, device)
+        image_index = check_int("a request's image_index", request.image_index, 0, 2**62)
+        image_index = ops.as_image_index(image_index, 1, device)
         num_steps = len(self.default)
         if request.num_steps is not None:
             num_steps = check_int("a request's num_steps", request.num_steps, 1)
@@ -142,7 +158,7 @@ class Stream:
         buffers.i[k].fill_(self.offsets[num_steps])
         buffers.step[k].zero_()
         buffers.clip[k].fill_(clip)
-        buffers.seed[k].copy_(seed)
+        buffers.seed[k].copy_(seed.reshape(()))
         buffers.image_index[k].copy_(image_index[0])
         self.places[k] = _Place(request, num_steps)
 

@@ -17,6 +17,8 @@ FLOPS_A_THREAD = 200_000_000
 """About 2 ms of work. Where another process is busy, threads that wait for each other at every op can take
 fifty times as long as one; with less than this each, there is little to gain by that risk."""
 
+MOST_COORDINATES = 16  # of what is taken for a point, and not for a flattened image or sequence
+
 
 @contextmanager
 def worthwhile(model: Any, x: Tensor) -> Iterator[None]:
@@ -40,7 +42,8 @@ def worthwhile(model: Any, x: Tensor) -> Iterator[None]:
 def _flops(model: Any, x: Tensor) -> int | None:
     if isinstance(model, UNet):
         return _unet_flops(model.config, tuple(x.shape))
-    if isinstance(model, nn.Module) and x.dim() == 2:
+    points = x.dim() == 2 and x.shape[1] <= MOST_COORDINATES
+    if isinstance(model, nn.Module) and points and all(p.dim() <= 2 for p in model.parameters()):
         return 2 * len(x) * sum(parameter.numel() for parameter in model.parameters())
     return None
 

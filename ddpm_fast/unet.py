@@ -208,7 +208,8 @@ class RowLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling()
+        plain = x.dtype != torch.float32 or x.device.type != "cpu"
+        plain = plain or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if plain or torch.is_grad_enabled():
             return super().forward(x)
         weight = self.weight.t().expand(len(x), -1, -1)
@@ -216,7 +217,7 @@ class RowLinear(nn.Linear):
 
 
 class Shortcut(nn.Conv2d):
-    """1x1 convolution of ``x`` without its bias, added in place to ``h``: one pass over it instead of three.
+    """1x1 convolution of ``x`` without its bias, added to ``h``: in place outside autograd, in one pass.
 
     (B, C_in, H, W), (B, C_out, H, W) -> (B, C_out, H, W), in ``h``'s layout.
     """
@@ -226,6 +227,8 @@ class Shortcut(nn.Conv2d):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         x, weight = x.to(h.dtype), self.weight.to(h.dtype).flatten(1)  # they differ under autocast only
+        if torch.is_grad_enabled():  # a backward hook refuses a change in place
+            return h + F.conv2d(x, weight[:, :, None, None])
         if h.is_contiguous():
             h.flatten(2).baddbmm_(weight.expand(len(h), -1, -1), x.flatten(2))
         else:
@@ -458,7 +461,9 @@ class UNet(nn.Module):
         )
 
     def forward_rows(self, x: Tensor, rows: TimeRows, i: Tensor) -> Tensor:
-        """`forward` at step ``i`` of a run, its time read from `time_rows`: bit-equal in float32 on the CPU.
+        """`forward` at step ``i`` of a run, its time read from `time_rows`.
+
+        In float32 on the CPU, without gradients, they are bit-equal.
 
         Args:
             x: as in `forward`, on the rows' device.
@@ -479,7 +484,7 @@ class UNet(nn.Module):
         return self._body(x, values.split(rows.widths, dim=1), rows.biases.split(rows.bias_widths))
 
     def is_plain(self) -> bool:
-        """Whether `forward_rows` may stand for a call: no subclass, hook or patched forward would miss it."""
+        """Whether `forward_rows` may stand for a call: no subclass, hook or own forward would miss it."""
         return (
             type(self) is UNet
             and "forward" not in vars(self)

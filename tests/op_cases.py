@@ -155,6 +155,7 @@ def _norm_inputs(
     std=1.0,
     spike=None,
     sky=None,
+    tail=None,
 ):
     def make(g):
         def randn(*s):
@@ -166,6 +167,8 @@ def _norm_inputs(
             x.view(b, -1)[:, 0] = spike
         if sky is not None:  # the first rows lie far from the rest
             x[:, :, : shape[2] // 4] += sky
+        if tail is not None:  # the last pixel alone does: a chunk of its own, perhaps
+            x[..., -1] += tail
         return {
             "x": x,
             "num_groups": groups,
@@ -272,6 +275,9 @@ def _cases() -> list[Case]:
     add("group_norm_silu", "tiny", _norm_inputs((2, 64, 8, 8), 32, std=1e-6, eps=1e-6))
     add("group_norm_silu", "spike", _norm_inputs((2, 64, 32, 32), 32, spike=1e4))
     add("group_norm_silu", "sky", _norm_inputs((1, 32, 64, 64), 8, sky=300.0))
+    add("group_norm_silu", "tail", _norm_inputs((1, 4, 49153), 1, tail=1e3))
+    add("group_norm_silu", "short-tail", _norm_inputs((1, 2, 2049), 1, tail=1e3))
+    add("group_norm_silu", "wide-group", _norm_inputs((1, 3076, 2, 2), 1, add=True))
     add("group_norm_silu", "constant", _norm_inputs((2, 32, 8, 8), 8, std=0.0, mean=3.0))
 
     def concat(name, *args, **given):

@@ -109,7 +109,7 @@ def test_weights_are_frozen_on_the_cpu(unet):
     x_T = torch.randn(1, 3, 8, 8)
     before = sampler(x_T=x_T)
     with torch.no_grad():
-        unet.conv_in.weight.mul_(2)
+        sampler.model.conv_in.weight.mul_(2)
     assert torch.equal(sampler(x_T=x_T), before)
 
 

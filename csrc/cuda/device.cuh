@@ -18,6 +18,7 @@ template <typename... Parameters, typename... Args>
 void launch(
     void (*kernel)(Parameters...), int64_t grid, int64_t block, int64_t shared_bytes, cudaStream_t stream,
     Args&&... args) {
+  if (grid > 0x7fffffff) throw std::runtime_error("a CUDA grid has less than 2^31 blocks: too many elements");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(static_cast<unsigned>(block));

@@ -75,7 +75,7 @@ inline std::optional<Cut> tile_of_groups(const GroupNorm& op, int64_t groups, in
     accesses = divide_up(op.pixels, threads / lanes);
   } else {
     const int64_t vectors = divide_up(op.pixels, vector);
-    // A line's worth of lanes at least, a warp's at most (sums then need no shared memory), 4 accesses each.
+    // A line's worth of lanes; up to a warp's, 4 accesses each (sums then need no shared memory); then more.
     lanes =
         std::min(power_of_two(vectors), std::clamp<int64_t>(power_of_two(divide_up(vectors, 4)), 8, kWarp));
     while (lanes > 1 && width * lanes > kMostThreads) lanes /= 2;
@@ -354,6 +354,27 @@ __device__ inline void warp_sum(float (&values)[M]) {
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int mask = 1; mask < kWarp; mask *= 2) values[m] += __shfl_xor_sync(kAllLanes, values[m], mask);
+  }
+}
+
+constexpr int kGroupThreads = 128;  // of a block that has one group
+
+// Sums over such a block; every thread gets them.
+template <int M>
+__device__ inline void block_sum(float (&values)[M]) {
+  __shared__ float parts[M][kGroupThreads / kWarp];
+  warp_sum(values);
+  __syncthreads();  // others may still read the parts of the sum before
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) parts[m][threadIdx.x / kWarp] = values[m];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    values[m] = 0;
+#pragma unroll
+    for (int k = 0; k < kGroupThreads / kWarp; ++k) values[m] += parts[m][k];
   }
 }
 

@@ -88,56 +88,72 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   }
 }
 
-constexpr int kFinishThreads = 128;
+constexpr int kFinishThreads = kGroupThreads;
 
-// rows (kStatisticsRows, B, C) from the slots. A block has one group, a warp a channel at a time.
+// rows (kStatisticsRows, B, C) from the slots. A block has one group, a warp a channel at a time; rows hold
+// what it knows of its channels meanwhile, however many those are.
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(const GroupNorm op, const Cut cut, const float* slots, float* rows) {
   const int group = static_cast<int>(op.channels / op.groups);
   const int64_t sample = blockIdx.x / op.groups, first = blockIdx.x % op.groups * group;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t step = op.batch * cut.chunks * op.channels, row_step = op.batch * op.channels;
-  float* mean = dynamic_shared<float>();
-  float *sum1 = mean + group, *sum2 = sum1 + group, *add = sum2 + group;
+  float* row = rows + sample * op.channels + first;
+  float *mean = row + kMean * row_step, *sum1 = row + kSum * row_step;
+  float *sum2 = row + kRstd * row_step, *lifts = row + kLift * row_step;
+  const float pixels = static_cast<float>(op.pixels);
 
   for (int c = warp; c < group; c += kFinishThreads / kWarp) {
     const float* slot = slots + sample * cut.chunks * op.channels + first + c;
-    // A mean of the chunks' means is near enough to the channel's to take all sums about it.
+    const auto count = [&](int k) {
+      const int64_t left = op.pixels - k * cut.chunk;
+      return static_cast<float>(left < cut.chunk ? left : cut.chunk);
+    };
+    // Near enough to the channel's mean to take all sums about it; by pixels, since the last chunk has few.
     float middle[1] = {0}, sums[2] = {0, 0};
-    for (int k = lane; k < cut.chunks; k += kWarp) middle[0] += slot[k * op.channels];
+    for (int k = lane; k < cut.chunks; k += kWarp) middle[0] += slot[k * op.channels] * (count(k) / pixels);
     warp_sum(middle);
-    middle[0] /= static_cast<float>(cut.chunks);
     for (int k = lane; k < cut.chunks; k += kWarp) {
       const float* here = slot + k * op.channels;
       const float far = here[0] - middle[0], s1 = here[step];
-      const int64_t left = op.pixels - k * cut.chunk;
-      const float count = static_cast<float>(left < cut.chunk ? left : cut.chunk);
-      sums[0] += s1 + count * far;
-      sums[1] += here[2 * step] + far * (2 * s1 + count * far);
+      sums[0] += s1 + count(k) * far;
+      sums[1] += here[2 * step] + far * (2 * s1 + count(k) * far);
     }
     warp_sum(sums);
     if (lane == 0) {
       mean[c] = middle[0];
       sum1[c] = sums[0];
       sum2[c] = sums[1];
-      add[c] = value(op.add, sample, static_cast<int>(first) + c, 0);
+      lifts[c] = value(op.add, sample, static_cast<int>(first) + c, 0);
     }
   }
   __syncthreads();
-  const float pixels = static_cast<float>(op.pixels);
-  for (int c = static_cast<int>(threadIdx.x); c < group; c += kFinishThreads) {
-    const Statistics found = statistics(mean, sum1, sum2, add, c, group, pixels, op.eps);
+  // As `statistics`, by all the threads.
+  const int thread = static_cast<int>(threadIdx.x);
+  const float by_pixel = 1 / pixels, by_channel = 1 / static_cast<float>(group);
+  float middle[1] = {0}, rest[1] = {0}, variance[1] = {0};
+  for (int c = thread; c < group; c += kFinishThreads) middle[0] += mean[c] * by_channel;
+  block_sum(middle);
+  for (int c = thread; c < group; c += kFinishThreads) {
+    lifts[c] += mean[c] - middle[0];
+    rest[0] += (lifts[c] + sum1[c] * by_pixel) * by_channel;
+  }
+  block_sum(rest);
+  for (int c = thread; c < group; c += kFinishThreads) {
+    const float lift = lifts[c] -= rest[0];
+    variance[0] += (sum2[c] * by_pixel + lift * (2 * sum1[c] * by_pixel + lift)) * by_channel;
+  }
+  block_sum(variance);
+  if (variance[0] < 0) variance[0] = 0;  // by rounding; NaN stays
+  const float rstd = __frcp_rn(__fsqrt_rn(variance[0] + op.eps));
+  for (int c = thread; c < group; c += kFinishThreads) {
     const int at = static_cast<int>(first) + c;
-    const float film = 1 + value(op.scale, sample, at, 0),
-                gain = value(op.weight, 0, at, 1) * film * found.rstd;
-    float* row = rows + sample * op.channels + at;
-    row[kMean * row_step] = mean[c];
-    row[kGain * row_step] = gain;
-    row[kOffset * row_step] =
-        value(op.bias, 0, at, 0) * film + value(op.shift, sample, at, 0) + found.lift * gain;
-    row[kLift * row_step] = found.lift;
-    row[kRstd * row_step] = found.rstd;
-    row[kSum * row_step] = sum1[c] + found.lift * pixels;
+    const float film = 1 + value(op.scale, sample, at, 0), gain = value(op.weight, 0, at, 1) * film * rstd;
+    row[kGain * row_step + c] = gain;
+    row[kOffset * row_step + c] =
+        value(op.bias, 0, at, 0) * film + value(op.shift, sample, at, 0) + lifts[c] * gain;
+    row[kRstd * row_step + c] = rstd;
+    row[kSum * row_step + c] = sum1[c] + lifts[c] * pixels;
   }
 }
 
@@ -203,8 +219,7 @@ void split_statistics(
     op.channels_last ? partials<T, true>(op, cut, wide, slots, stream)
                      : partials<T, false>(op, cut, wide, slots, stream);
   });
-  const int64_t group = op.channels / op.groups;
-  launch(finish_kernel, op.batch * op.groups, kFinishThreads, 4 * 4 * group, stream, op, cut, slots, rows);
+  launch(finish_kernel, op.batch * op.groups, kFinishThreads, 0, stream, op, cut, slots, rows);
 }
 
 int64_t group_norm_scratch(const GroupNorm& op) {

@@ -92,21 +92,15 @@ struct Through {
 // gradients of channel c, of which this thread is in charge. The pointers are at the group's first channel.
 __device__ inline Through through_norm(
     const GroupNorm& op, const GroupNormGradients& gradients, int64_t sample, int64_t first, int c, int group,
-    const float* g, const float* gh, const float* gain, float sum_h, float rstd) {
-  // `gain` holds weight (1 + scale) rstd, so these are rstd E[gain g] and rstd E[gain g h].
-  float mean1 = 0, mean2 = 0;
-  for (int j = 0; j < group; ++j) {
-    mean1 += gain[j] * g[j];
-    mean2 += gain[j] * gh[j];
-  }
+    float g, float gh, float gain, float mean1, float mean2, float sum_h, float rstd) {
   const float by_element = 1 / (static_cast<float>(op.pixels) * static_cast<float>(group));
   mean1 *= by_element;
   mean2 *= by_element;
-  const Through to = {gain[c], -rstd * rstd * mean2, -mean1};
+  const Through to = {gain, -rstd * rstd * mean2, -mean1};
 
   const int channel = static_cast<int>(first) + c;
   const int64_t at = sample * op.channels + channel;
-  const float film = 1 + value(op.scale, sample, channel, 0), a = g[c], n = rstd * gh[c];
+  const float film = 1 + value(op.scale, sample, channel, 0), a = g, n = rstd * gh;
   if (gradients.weight != nullptr) gradients.weight[at] = film * n;
   if (gradients.bias != nullptr) gradients.bias[at] = film * a;
   if (gradients.add != nullptr) {
@@ -171,9 +165,14 @@ __global__ void __launch_bounds__(kMostThreads, 1) resident_backward_kernel(
   if (c < cut.width && tile.first_channel + c < tile.channels) {
     const int group = static_cast<int>(op.channels / op.groups), first = c / group * group;
     const float sum_h = channels.sum1[c] + channels.lift[c] * tile.count;
+    float mean1 = 0, mean2 = 0;  // `gain` holds weight (1 + scale) rstd: rstd E[gain g], rstd E[gain g h]
+    for (int j = first; j < first + group; ++j) {
+      mean1 += channels.gain[j] * sum_g[j];
+      mean2 += channels.gain[j] * sum_gh[j];
+    }
     const Through to = through_norm(
-        op, gradients, tile.sample, tile.first_channel + first, c - first, group, sum_g + first,
-        sum_gh + first, channels.gain + first, sum_h, channels.rstd[c]);
+        op, gradients, tile.sample, tile.first_channel + first, c - first, group, sum_g[c], sum_gh[c],
+        channels.gain[c], mean1, mean2, sum_h, channels.rstd[c]);
     p[c] = to.p;
     q[c] = to.q;
     r[c] = to.r;
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   }
 }
 
-constexpr int kSpreadThreads = 128;
+constexpr int kSpreadThreads = kGroupThreads;
 
 // Rows kP, kQ and kR from the slots, and the parameters' gradients. A block has one group, a warp a channel
 // at a time.
@@ -226,7 +225,8 @@ __global__ void __launch_bounds__(kSpreadThreads) spread_kernel(
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t step = op.batch * cut.chunks * op.channels, row_step = op.batch * op.channels;
   float* row = rows + sample * op.channels + first;
-  float *sum_g = dynamic_shared<float>(), *sum_gh = sum_g + group;
+  float *sum_g = row + kP * row_step, *sum_gh = row + kQ * row_step;
+  const float* gain = row + kGain * row_step;
   for (int c = warp; c < group; c += kSpreadThreads / kWarp) {
     const float* slot = slots + sample * cut.chunks * op.channels + first + c;
     float sums[2] = {0, 0};
@@ -241,9 +241,15 @@ __global__ void __launch_bounds__(kSpreadThreads) spread_kernel(
     }
   }
   __syncthreads();
+  float means[2] = {0, 0};
+  for (int c = static_cast<int>(threadIdx.x); c < group; c += kSpreadThreads) {
+    means[0] += gain[c] * sum_g[c];
+    means[1] += gain[c] * sum_gh[c];
+  }
+  block_sum(means);
   for (int c = static_cast<int>(threadIdx.x); c < group; c += kSpreadThreads) {
     const Through to = through_norm(
-        op, gradients, sample, first, c, group, sum_g, sum_gh, row + kGain * row_step,
+        op, gradients, sample, first, c, group, sum_g[c], sum_gh[c], gain[c], means[0], means[1],
         row[kSum * row_step + c], row[kRstd * row_step + c]);
     row[kP * row_step + c] = to.p;
     row[kQ * row_step + c] = to.q;
@@ -290,13 +296,11 @@ void split(
   const Cut cut = split_cut(op, V);
   float *slots = scratch, *rows = scratch + 3 * cut.chunks * op.batch * op.channels;
   split_statistics(op, cut, V > 1, slots, rows, stream);
-  const int64_t blocks = cut.blocks(op.batch), group = op.channels / op.groups;
+  const int64_t blocks = cut.blocks(op.batch);
   launch(
       sums_kernel<T, V, kSplitAccesses, kLast>, blocks, cut.threads, 4 * sum_slots(cut, kLast), stream, op,
       cut, grad, static_cast<const float*>(rows), slots);
-  launch(
-      spread_kernel, op.batch * op.groups, kSpreadThreads, 4 * 2 * group, stream, op, cut, slots, rows,
-      gradients);
+  launch(spread_kernel, op.batch * op.groups, kSpreadThreads, 0, stream, op, cut, slots, rows, gradients);
   launch(
       apply_kernel<T, V, kSplitAccesses, kLast>, blocks, cut.threads, 0, stream, op, cut, grad, rows,
       gradients);

@@ -317,12 +317,13 @@ def finish_kernel(
     k = tl.arange(0, BLOCK_K)
     slots = partials + sample * chunks * C + c[:, None] + k.to(tl.int64)[None, :] * C
 
-    # A mean of the chunks' means is near enough to the channel's to take all sums about it.
+    # Near enough to the channel's mean to take all sums about it; by pixels: the last chunk may have few.
     total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     for begin in range(0, chunks, BLOCK_K):
         inside = valid[:, None] & (begin + k < chunks)[None, :]
-        total += tl.load(slots + begin * C, mask=inside, other=0.0)
-    mean = tl.sum(total, 1) / chunks
+        count = tl.minimum(pixels - (begin + k) * chunk_pixels, chunk_pixels).to(tl.float32)[None, :]
+        total += tl.load(slots + begin * C, mask=inside, other=0.0) * (count / pixels)
+    mean = tl.sum(total, 1)
     sum1 = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     sum2 = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     for begin in range(0, chunks, BLOCK_K):
