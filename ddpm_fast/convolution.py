@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def packing(packs: Packs) -> Iterator[None]:
         _PACKS.reset(token)
 
 
+@cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether there are the oneDNN ops that torch's own compiler uses for frozen weights, in that dtype."""
     ops = torch.ops.mkldnn
