@@ -1,6 +1,8 @@
 // Contiguous or channels_last: what a tensor is, and making one so. The same rule as reference.memory_format.
 #pragma once
 
+#include <vector>
+
 #include "common.h"
 
 namespace ddpm_fast {
@@ -39,6 +41,15 @@ inline Tensor like_layout(const Tensor& x, const Tensor& like) {
 // An uninitialised tensor like x, which is dense, in its layout.
 inline Tensor empty_as(const Tensor& x) {
   return is_channels_last(x) ? torch::stable::empty_like(x) : torch::stable::new_empty(x, x.sizes());
+}
+
+// The same with another count of channels.
+inline Tensor empty_with_channels(const Tensor& x, int64_t channels) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[1] = channels;
+  if (!is_channels_last(x)) return torch::stable::new_empty(x, sizes);
+  return torch::stable::empty(
+      sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
 }
 
 }  // namespace ddpm_fast

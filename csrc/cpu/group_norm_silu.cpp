@@ -36,15 +36,6 @@ class Channels {
   const float* data_ = nullptr;
 };
 
-// An uninitialised tensor like x, which is dense, in its layout, with as many channels.
-Tensor empty_with_channels(const Tensor& x, int64_t channels, bool channels_last) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes[1] = channels;
-  if (!channels_last) return torch::stable::new_empty(x, sizes);
-  return torch::stable::empty(
-      sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
-}
-
 // The norm of x, or of [x, skip], into y, like it; concat, where given, gets [x, skip] itself.
 std::tuple<Tensor, OptionalTensor> norm(
     Tensor x, OptionalTensor skip, int64_t num_groups, const OptionalTensor& weight,
@@ -67,9 +58,9 @@ std::tuple<Tensor, OptionalTensor> norm(
         "skip must be like x but for its channels");
     skip = like_layout(*skip, x);
   }
-  Tensor y = skip ? empty_with_channels(x, channels, channels_last) : empty_as(x);
+  Tensor y = skip ? empty_with_channels(x, channels) : empty_as(x);
   OptionalTensor concat;
-  if (builds) concat = empty_with_channels(x, channels, channels_last);
+  if (builds) concat = empty_with_channels(x, channels);
   const Channels weights("weight", weight, channels), biases("bias", bias, channels);
   const Channels adds("add", add, batch * channels), scales("scale", scale, batch * channels);
   const Channels shifts("shift", shift, batch * channels);

@@ -50,14 +50,7 @@ class Norm {
   const Tensor& x() const { return x_; }
 
   // Uninitialised, in x's layout, with all the channels.
-  Tensor empty() const {
-    if (!skip_) return empty_as(x_);
-    std::vector<int64_t> sizes(x_.sizes().begin(), x_.sizes().end());
-    sizes[1] = op_.channels;
-    if (!op_.channels_last) return torch::stable::new_empty(x_, sizes);
-    return torch::stable::empty(
-        sizes, x_.scalar_type(), std::nullopt, x_.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  }
+  Tensor empty() const { return skip_ ? empty_with_channels(x_, op_.channels) : empty_as(x_); }
 
   Tensor floats(std::vector<int64_t> sizes) const {
     return torch::stable::new_empty(x_, sizes, ScalarType::Float);

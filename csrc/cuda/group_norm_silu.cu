@@ -88,11 +88,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   }
 }
 
-constexpr int kFinishThreads = kGroupThreads;
-
 // rows (kStatisticsRows, B, C) from the slots. A block has one group, a warp a channel at a time; rows hold
 // what it knows of its channels meanwhile, however many those are.
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kGroupThreads)
     finish_kernel(const GroupNorm op, const Cut cut, const float* slots, float* rows) {
   const int group = static_cast<int>(op.channels / op.groups);
   const int64_t sample = blockIdx.x / op.groups, first = blockIdx.x % op.groups * group;
@@ -103,7 +101,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   float *sum2 = row + kRstd * row_step, *lifts = row + kLift * row_step;
   const float pixels = static_cast<float>(op.pixels);
 
-  for (int c = warp; c < group; c += kFinishThreads / kWarp) {
+  for (int c = warp; c < group; c += kGroupThreads / kWarp) {
     const float* slot = slots + sample * cut.chunks * op.channels + first + c;
     const auto count = [&](int k) {
       const int64_t left = op.pixels - k * cut.chunk;
@@ -132,21 +130,21 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const float by_pixel = 1 / pixels, by_channel = 1 / static_cast<float>(group);
   float middle[1] = {0}, rest[1] = {0}, variance[1] = {0};
-  for (int c = thread; c < group; c += kFinishThreads) middle[0] += mean[c] * by_channel;
+  for (int c = thread; c < group; c += kGroupThreads) middle[0] += mean[c] * by_channel;
   block_sum(middle);
-  for (int c = thread; c < group; c += kFinishThreads) {
+  for (int c = thread; c < group; c += kGroupThreads) {
     lifts[c] += mean[c] - middle[0];
     rest[0] += (lifts[c] + sum1[c] * by_pixel) * by_channel;
   }
   block_sum(rest);
-  for (int c = thread; c < group; c += kFinishThreads) {
+  for (int c = thread; c < group; c += kGroupThreads) {
     const float lift = lifts[c] -= rest[0];
     variance[0] += (sum2[c] * by_pixel + lift * (2 * sum1[c] * by_pixel + lift)) * by_channel;
   }
   block_sum(variance);
   if (variance[0] < 0) variance[0] = 0;  // by rounding; NaN stays
   const float rstd = __frcp_rn(__fsqrt_rn(variance[0] + op.eps));
-  for (int c = thread; c < group; c += kFinishThreads) {
+  for (int c = thread; c < group; c += kGroupThreads) {
     const int at = static_cast<int>(first) + c;
     const float film = 1 + value(op.scale, sample, at, 0), gain = value(op.weight, 0, at, 1) * film * rstd;
     row[kGain * row_step + c] = gain;
@@ -219,7 +217,7 @@ void split_statistics(
     op.channels_last ? partials<T, true>(op, cut, wide, slots, stream)
                      : partials<T, false>(op, cut, wide, slots, stream);
   });
-  launch(finish_kernel, op.batch * op.groups, kFinishThreads, 0, stream, op, cut, slots, rows);
+  launch(finish_kernel, op.batch * op.groups, kGroupThreads, 0, stream, op, cut, slots, rows);
 }
 
 int64_t group_norm_scratch(const GroupNorm& op) {

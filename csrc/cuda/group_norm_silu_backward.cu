@@ -214,11 +214,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   }
 }
 
-constexpr int kSpreadThreads = kGroupThreads;
-
 // Rows kP, kQ and kR from the slots, and the parameters' gradients. A block has one group, a warp a channel
 // at a time.
-__global__ void __launch_bounds__(kSpreadThreads) spread_kernel(
+__global__ void __launch_bounds__(kGroupThreads) spread_kernel(
     const GroupNorm op, const Cut cut, const float* slots, float* rows, const GroupNormGradients gradients) {
   const int group = static_cast<int>(op.channels / op.groups);
   const int64_t sample = blockIdx.x / op.groups, first = blockIdx.x % op.groups * group;
@@ -227,7 +225,7 @@ __global__ void __launch_bounds__(kSpreadThreads) spread_kernel(
   float* row = rows + sample * op.channels + first;
   float *sum_g = row + kP * row_step, *sum_gh = row + kQ * row_step;
   const float* gain = row + kGain * row_step;
-  for (int c = warp; c < group; c += kSpreadThreads / kWarp) {
+  for (int c = warp; c < group; c += kGroupThreads / kWarp) {
     const float* slot = slots + sample * cut.chunks * op.channels + first + c;
     float sums[2] = {0, 0};
     for (int k = lane; k < cut.chunks; k += kWarp) {
@@ -242,12 +240,12 @@ __global__ void __launch_bounds__(kSpreadThreads) spread_kernel(
   }
   __syncthreads();
   float means[2] = {0, 0};
-  for (int c = static_cast<int>(threadIdx.x); c < group; c += kSpreadThreads) {
+  for (int c = static_cast<int>(threadIdx.x); c < group; c += kGroupThreads) {
     means[0] += gain[c] * sum_g[c];
     means[1] += gain[c] * sum_gh[c];
   }
   block_sum(means);
-  for (int c = static_cast<int>(threadIdx.x); c < group; c += kSpreadThreads) {
+  for (int c = static_cast<int>(threadIdx.x); c < group; c += kGroupThreads) {
     const Through to = through_norm(
         op, gradients, sample, first, c, group, sum_g[c], sum_gh[c], gain[c], means[0], means[1],
         row[kSum * row_step + c], row[kRstd * row_step + c]);
@@ -300,7 +298,7 @@ void split(
   launch(
       sums_kernel<T, V, kSplitAccesses, kLast>, blocks, cut.threads, 4 * sum_slots(cut, kLast), stream, op,
       cut, grad, static_cast<const float*>(rows), slots);
-  launch(spread_kernel, op.batch * op.groups, kSpreadThreads, 0, stream, op, cut, slots, rows, gradients);
+  launch(spread_kernel, op.batch * op.groups, kGroupThreads, 0, stream, op, cut, slots, rows, gradients);
   launch(
       apply_kernel<T, V, kSplitAccesses, kLast>, blocks, cut.threads, 0, stream, op, cut, grad, rows,
       gradients);

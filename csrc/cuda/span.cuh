@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
 
 #include "../dtype.h"
 #include "kernels.h"
@@ -32,9 +31,6 @@ inline Spans spans_of(int64_t batch, int64_t elements, int per_thread) {
   const int64_t needed = (elements + per_thread - 1) / per_thread;  // threads for a sample
   const int64_t threads = std::min<int64_t>(kThreads, (needed + 31) / 32 * 32);
   const int64_t blocks = (needed + threads - 1) / threads;
-  if (blocks > std::numeric_limits<int32_t>::max() / batch) {
-    throw std::runtime_error("a CUDA grid has less than 2^31 blocks: too many samples for one launch");
-  }
   return {elements, static_cast<uint32_t>(blocks), batch * blocks, threads};
 }
 
