@@ -16,15 +16,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast import Schedule, UNet, UNetConfig, steps
+from ddpm_fast import Schedule, UNet, steps
+from ddpm_fast.bench.networks import CIFAR
+from ddpm_fast.compat.peers.diffusers import arguments
 from ddpm_fast.engine import Buffers, Network, advancing
 
-CONFIG = UNetConfig(
-    block_out_channels=(128, 256, 256, 256),
-    down_attention=(False, True, False, False),
-    up_attention=(False, False, True, False),
-    sample_size=32,
-)
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}  # allocate, or are views too
 
 
@@ -52,7 +48,7 @@ def our_step(batch: int) -> Counter[str]:
     table = steps.ddim(Schedule.linear(), 50)
     timesteps, rows = table.timesteps_tensor(), table.tensor()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        network = Network(UNet(CONFIG).eval(), None, False)
+        network = Network(UNet(CIFAR).eval(), None, False)
         x, i = torch.empty(batch, 3, 32, 32), torch.zeros((), dtype=torch.int64)
         times = network.time_rows(timesteps)
         buffers = Buffers(x=x, x0=None, i=i, table=rows, timesteps=timesteps, rows=times)
@@ -66,16 +62,7 @@ def their_step(batch: int) -> Counter[str]:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(50)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model = UNet2DModel(
-            sample_size=32,
-            block_out_channels=CONFIG.block_out_channels,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=None,
-            downsample_padding=0,
-            flip_sin_to_cos=False,
-            freq_shift=1,
-        ).eval()
+        model = UNet2DModel(**arguments(CIFAR)).eval()
         x = torch.empty(batch, 3, 32, 32)
         return count(lambda: scheduler.step(model(x, 500).sample, 500, x))
 

@@ -1,6 +1,6 @@
 """From files to a U-Net, its schedule and the sampler settings it was published with, and back to files.
 
-Two layouts are read: diffusers' (folders and live objects) and our own, which is also written: a folder with
+Two layouts are read and written: diffusers' (read from live objects too) and our own, a folder with
 
     config.json        {"format": "ddpm_fast", "version": 1, "unet": {...}, "settings": {...}}
     model.safetensors  the weights, and float64 "schedule.betas" and "schedule.alphas_cumprod"
@@ -16,6 +16,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ from torch import Tensor
 from .schedule import Schedule
 from .unet import UNet, UNetConfig
 
-__all__ = ["DIGITS", "load", "load_diffusers", "save"]
+__all__ = ["DIGITS", "load", "load_diffusers", "save", "save_diffusers", "share_diffusers"]
 
 DIGITS = Path(__file__).parent / "weights" / "digits"
 """The checkpoint that comes with the package: `load(DIGITS)`."""
 
 _FORMAT, _VERSION = "ddpm_fast", 1
+_DIFFUSERS = "0.42.0"  # whose configs `save_diffusers` writes
 _ARRAYS = ("betas", "alphas_cumprod")
 _Layout = Callable[[UNet], dict[str, Tensor]]
 
@@ -63,30 +65,43 @@ def save(
         TypeError: not a UNet (not a compiled one either: pass what was compiled), or settings not for JSON.
         FileExistsError: ``folder`` is a file, or a folder with something other than a checkpoint in it.
     """
-    if not isinstance(model, UNet):
-        raise TypeError(f"model must be a ddpm_fast UNet, got {type(model).__name__}")
+    _check_model(model)
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and (_is_ours(folder) or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} exists and is not a ddpm_fast checkpoint: not replaced")
+    with written_whole(folder) as new:
+        write(new, model, schedule, settings)
+
+
+def write(folder: Path, model: UNet, schedule: Schedule, settings: Mapping[str, Any] | None = None) -> None:
+    """The files of `save`, in a folder that is there; within `written_whole`, with others beside them."""
     config = {
         "format": _FORMAT,
         "version": _VERSION,
         "unet": model.config.to_dict(),
         "settings": dict(settings or {}),
     }
-    text = json.dumps(config, indent=2) + "\n"
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    tensors |= {f"schedule.{name}": torch.tensor(getattr(schedule, name)) for name in _ARRAYS}
+    tensors = {f"schedule.{name}": torch.tensor(getattr(schedule, name)) for name in _ARRAYS}
+    _write_json(folder / "config.json", config)
+    write_tensors(folder / "model.safetensors", model.state_dict() | tensors)
 
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write in, which takes the place of ``folder`` when the block ends without an error.
+
+    What was there is replaced; with an error, or a process that is killed, it stays as it was.
+    """
     new, old = (folder.with_name(f".{folder.name}.{uuid4().hex}.{state}") for state in ("new", "old"))
     new.mkdir(parents=True)
     try:
-        (new / "config.json").write_text(text, encoding="utf-8")
-        save_file(tensors, new / "model.safetensors")
-        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors leaves it private
+        yield new
+        for file in (*new.rglob("*"), new):
+            _sync(file)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+        _sync(folder.parent)
     except BaseException:
         if old.exists() and not folder.exists():
             old.rename(folder)
@@ -94,6 +109,15 @@ def save(
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """To the disk, so that a name that outlives a power cut has its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[UNet, Schedule, dict[str, Any]]:
@@ -185,6 +209,36 @@ def load_diffusers(source: Any) -> tuple[UNet, Schedule, dict[str, Any]]:
     return _build(_convert_unet(config), tensors, _diffusers_views, origin), schedule, settings
 
 
+def share_diffusers(unet: Any) -> tuple[UNet, list[tuple[Tensor, Tensor]]]:
+    """A live diffusers ``UNet2DModel`` as ours, on the memory of its own weights, in eval mode.
+
+    A change of its weights in place is there at once. What cannot be shared (the q, k and v that are one
+    tensor here) is copied, and is told, so that it can be copied again.
+
+    Returns:
+        The U-Net, and the pairs ``(ours, theirs)`` of what was copied.
+
+    Raises:
+        ValueError: as `load_diffusers`.
+    """
+    tensors = unet.state_dict()
+    with torch.device("meta"):
+        model = UNet(_convert_unet(unet.config))
+    _check_fit(_diffusers_views(model), tensors, type(unet).__name__)
+    dtype = reduce(torch.promote_types, {value.dtype for value in tensors.values()})
+    model = model.to(dtype).to_empty(device=next(iter(tensors.values())).device).eval()
+    whole = {(parameter.data_ptr(), parameter.shape): parameter for parameter in model.parameters()}
+    copies = []
+    for name, view in _diffusers_views(model).items():
+        parameter = whole.get((view.data_ptr(), view.shape))
+        if parameter is None or parameter.dtype != tensors[name].dtype:
+            view.copy_(tensors[name])
+            copies.append((view, tensors[name]))
+        else:
+            parameter.data = tensors[name]
+    return model, copies
+
+
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 
 
@@ -227,7 +281,7 @@ _UNET_DEFAULTS = {
     "resnet_time_scale_shift": "default",
     "num_class_embeds": None,
 }
-_UNET_LAYOUT = {
+_UNET_LAYOUT = {  # what `_convert_unet` makes booleans of
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     "add_attention": True,
@@ -259,6 +313,89 @@ def _convert_unet(config: Mapping[str, Any]) -> UNetConfig:
         up_attention=attention("up_block_types", "UpBlock2D"),
         mid_attention=config["add_attention"],
     )
+
+
+def save_diffusers(
+    folder: str | os.PathLike[str],
+    model: UNet,
+    schedule: Schedule,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder that ``diffusers.DDPMPipeline.from_pretrained`` loads; the inverse of `load_diffusers`.
+
+    diffusers is not needed. The betas are written one by one, whatever they were made by; diffusers rounds
+    them to float32. Of the settings those of a `DDPMScheduler` are written: prediction, clip, variance,
+    spacing and steps_offset; another method's scheduler is made of them by its ``from_config``.
+
+    Args:
+        folder: to be created, with its parents. An existing pipeline's folder is replaced whole.
+        model, schedule, settings: as in `save`.
+
+    Raises:
+        TypeError: not a UNet.
+        ValueError: a setting that diffusers has no word for.
+        FileExistsError: ``folder`` is a file, or a folder with something other than a pipeline in it.
+    """
+    _check_model(model)
+    folder = Path(folder).resolve()
+    ours = (folder / "model_index.json").is_file()
+    if folder.exists() and not (folder.is_dir() and (ours or not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} exists and is not a diffusers pipeline: not replaced")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": _DIFFUSERS,
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    scheduler = _scheduler_of(schedule, dict(settings or {}))
+    with written_whole(folder) as new:
+        (new / "unet").mkdir()
+        (new / "scheduler").mkdir()
+        _write_json(new / "model_index.json", index)
+        _write_json(new / "unet" / "config.json", _unet_of(model.config))
+        write_tensors(new / "unet" / "diffusion_pytorch_model.safetensors", _diffusers_views(model))
+        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def _unet_of(config: UNetConfig) -> dict[str, Any]:
+    """Inverse of `_convert_unet`."""
+    fields = config.to_dict()
+
+    def kinds(field: str, plain: str) -> list[str]:
+        return [f"Attn{plain}" if attends else plain for attends in fields[field]]
+
+    return {
+        **{field: allowed[0] for field, allowed in _UNET_FIXED.items()},
+        "_diffusers_version": _DIFFUSERS,
+        **{field: fields[field] for field in _UNET_DEFAULTS},
+        "down_block_types": kinds("down_attention", "DownBlock2D"),
+        "up_block_types": kinds("up_attention", "UpBlock2D"),
+        "add_attention": config.mid_attention,
+    }
+
+
+def _scheduler_of(schedule: Schedule, settings: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `_convert_scheduler`, for DDPM."""
+    clip = settings.get("clip", 1.0)
+    prediction = settings.get("prediction", "epsilon")
+    predictions = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+    if prediction not in predictions:
+        raise ValueError(f"prediction {prediction!r} is not diffusers'; allowed: {', '.join(predictions)}")
+    spacing = settings.get("spacing") or "leading"
+    if not isinstance(spacing, str):
+        raise ValueError(f"spacing: diffusers has no list of timesteps, got {spacing!r}")
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": _DIFFUSERS,
+        "num_train_timesteps": schedule.T,
+        "trained_betas": schedule.betas.tolist(),
+        "prediction_type": predictions[prediction],
+        "variance_type": settings.get("variance") or "fixed_small",
+        "clip_sample": clip is not None,
+        "clip_sample_range": 1.0 if clip is None else clip,
+        "timestep_spacing": spacing,
+        "steps_offset": settings.get("steps_offset", 0),
+    }
 
 
 _METHODS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm_solver"}
@@ -416,6 +553,27 @@ def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], orig
     if any(faults.values()):
         told = "; ".join(f"{kind}: {named(names)}" for kind, names in faults.items() if names)
         raise ValueError(f"{origin}: the weights do not fit the config. {told}")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, UNet):
+        raise TypeError(f"model must be a ddpm_fast UNet, got {type(model).__name__}")
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """As safetensors, with the permissions of any other file. Raises OSError where there is no room."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(file, 0o666 & ~umask)  # safetensors leaves it private
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""``ddpm-fast sample | info``: from a checkpoint to pictures, without a line of Python."""
+"""``ddpm-fast sample | verify | bench | info``: from a checkpoint to pictures, without a line of Python."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from .sampler import METHODS, Sampler, to_uint8
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 SUFFIXES = {".png": "png-grid", ".npz": "npz", "": "png-dir"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_OUT = {"png-grid": "samples.png", "png-dir": "samples", "npz": "samples.npz"}
 
 
@@ -77,6 +79,75 @@ def sample(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of diffusers' or ddpm_fast's.", show_default=False)],
+    method: Annotated[str | None, _option("ddpm | ddim; default: the folder's.")] = None,
+    steps: Annotated[int | None, _option("Model calls; default: at most 50.")] = None,
+    batch_size: Annotated[int, _option("Images; default: 1.")] = 1,
+    seed: Annotated[int, _option("Of the noise of both; default: 0.")] = 0,
+    dtype: Annotated[str | None, _option(f"Of ours: {' | '.join(DTYPES)}; default: as stored.")] = None,
+    device: Annotated[str | None, _option("Default: cuda if there is one, else cpu.")] = None,
+    out: Annotated[Path, _option("The picture; default: verify.png.")] = Path("verify.png"),
+) -> None:
+    """Run diffusers and ddpm_fast side by side; exit status 1 if the images differ past tolerance."""
+    from .compat.diffusers.verify import verify as run_both  # diffusers is an optional extra
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is not known; allowed: {', '.join(DTYPES)}")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} must end in .png")
+    pictures.check_writable(out, "png-grid")
+    found = run_both(
+        folder,
+        method=method,
+        num_steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=DTYPES.get(dtype),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        progress=True,
+    )
+    typer.echo(found)
+    found.save_picture(out)
+    typer.echo(f"{out}: the original, ours, and their difference amplified")
+    if not found.ok:
+        typer.echo("error: the images differ past tolerance", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    group: Annotated[
+        str | None,
+        typer.Argument(help="ops | steps | sampling | training; default: all.", show_default=False),
+    ] = None,
+    only: Annotated[str | None, _option("One part of it, such as waterfall.")] = None,
+    device: Annotated[str | None, _option("Default: cuda if there is one, else cpu.")] = None,
+    json_to: Annotated[Path | None, _option("Everything that was found.", "--json")] = None,
+    plot_to: Annotated[Path | None, _option("The pictures: .png, .svg or .pdf.", "--plot")] = None,
+    threads: Annotated[int | None, _option("Of every arm; default: torch's.")] = None,
+    rounds: Annotated[int | None, _option("Of every measurement; default: 5 to 30.")] = None,
+    quick: Annotated[bool, _option("Small and few: to see that all of it runs.", "--quick")] = False,
+    skip: Annotated[
+        list[str] | None, _option("Leave out arms with this in their name, such as max-autotune; repeatable.")
+    ] = None,
+) -> None:
+    """Time the ops, a step, sampling and training beside the peers that are installed."""
+    from .bench import suite  # loads much that no other command needs
+
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    if rounds is not None and rounds < 2:
+        raise ValueError(f"--rounds must be at least 2, got {rounds}")
+    parts = suite.choose(group, only)
+    settings = suite.Settings(_device(device), rounds, quick, tuple(skip or ()), bar=True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    command = shlex.join(["ddpm-fast", *sys.argv[1:]])
+    suite.run(parts, settings, command=command, json_to=json_to, plot_to=plot_to, show=typer.echo)
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, the compiled library, and the backend of each op with its reason."""
     for name, value in gather_info().items():
@@ -94,9 +165,23 @@ def _settings(settings: dict[str, Any], method: str | None) -> dict[str, Any]:
     return {k: settings[k] for k in ("prediction", "clip", "variance") if k in settings} | {"method": method}
 
 
+def _device(name: str | None) -> torch.device:
+    """The one that is named, else a GPU where there is one."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is not measured; allowed: cpu, cuda")
+    return device
+
+
 def main() -> None:
     """Entry point: a mistake of the user's is one line on stderr and exit status 1, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -7,26 +7,42 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from . import ops
+from .ops._dispatch import choose
+
 
 class Packed(NamedTuple):
     key: tuple
-    weight: Tensor  # opaque: only oneDNN reads it
+    weight: Tensor | ops.PackedConv3x3  # opaque: only oneDNN, or our own kernels, read it
+
+
+class Kept(NamedTuple):
+    algorithm: str
+    shape: torch.Size
+    fingerprint: int  # of the values that were packed
+    packed: ops.PackedConv3x3
 
 
 Packs = dict[nn.Module, Packed]
 
 _PACKS: ContextVar[Packs | None] = ContextVar("packs", default=None)
 
+_KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+"""Our own packed weights outlive a run: to make them again takes longer, most of it for fresh memory, than
+the first steps of the next run save by them. A run that finds one here looks at every value of the weight."""
+
 
 @contextmanager
 def packing(packs: Packs) -> Iterator[None]:
     """Within, each `Conv2d` keeps its laid-out weight in ``packs``: for one run, whose weights do not change.
 
-    The copies are as large as the weights, and gone with ``packs``.
+    oneDNN's copies are as large as the weights, and gone with ``packs``. Ours are up to four times as large;
+    they are kept as long as their module, for the next run that finds the weight as it was.
     """
     token = _PACKS.set(packs)
     try:
@@ -44,12 +60,32 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
+def fastest_conv3x3(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str | None:
+    """The fastest algorithm of `ops.conv3x3` with a packed weight, None where oneDNN is faster still.
+
+    A weight is read from beyond the caches for every 48 tiles of outputs, 36, 24, 16 or 9 numbers for each
+    pair of channels: with few tiles that takes longer than the products, and the larger tile loses.
+    """
+    if in_channels < 16 or out_channels < 16:
+        return None
+
+    def tiles(down: int, across: int) -> int:
+        return batch * -(-height // down) * -(-width // across)
+
+    if tiles(4, 4) >= 32:
+        return "f4"
+    if tiles(4, 2) >= 32:
+        return "f4x2"
+    return "f2" if tiles(2, 2) >= 16 else "direct"
+
+
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` (one group, padded with zeros) that may add another tensor to its result.
 
     On the CPU torch lays a weight out for oneDNN anew at every call, which for one image costs up to three
     quarters of the convolution itself. Within `packing`, where x is channels_last float32 or bfloat16, this
-    layer does it once for a shape of x. Elsewhere it is ``nn.Conv2d``.
+    layer does it once for a shape of x; and in float32 a 3x3 window of stride 1 is our own kernels', where
+    they are faster. Elsewhere it is ``nn.Conv2d``.
     """
 
     def forward(self, x: Tensor, plus: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +98,10 @@ class Conv2d(nn.Conv2d):
         if packs is None or not self._packable(x):
             result = self._conv_forward(x, self.weight, bias)
             return result if plus is None else plus + result
-        weight = self._pack(x, packs)
+        algorithm = self._algorithm(x)
+        weight = self._pack(x, packs, algorithm)
+        if algorithm is not None:
+            return ops.conv3x3_packed(x, weight, bias, plus=plus)
         window = (self.padding, self.stride, self.dilation, 1)
         convolve = torch.ops.mkldnn._convolution_pointwise
         if plus is not None and plus.is_contiguous(memory_format=torch.channels_last):
@@ -84,13 +123,35 @@ class Conv2d(nn.Conv2d):
             and can_pack(x.dtype)
         )
 
-    def _pack(self, x: Tensor, packs: Packs) -> Tensor:
+    def _algorithm(self, x: Tensor) -> str | None:
+        """Which of our own kernels, None for oneDNN's."""
+        window = (self.kernel_size, self.stride, self.padding, self.dilation)
+        if window != ((3, 3), (1, 1), (1, 1), (1, 1)) or choose("conv3x3", None, x) != "native":
+            return None
+        batch, _, height, width = x.shape
+        return fastest_conv3x3(batch, self.in_channels, self.out_channels, height, width)
+
+    def _pack(self, x: Tensor, packs: Packs, algorithm: str | None) -> Tensor | ops.PackedConv3x3:
         weight = self.weight
-        key = (x.shape, x.dtype, weight.data_ptr(), weight._version)
+        made_for = algorithm or x.shape  # oneDNN's layout depends on the shape
+        key = (made_for, x.dtype, weight.data_ptr(), weight._version)
         packed = packs.get(self)
         if packed is None or packed.key != key:
             packs.pop(self, None)  # free the old one first
-            window = (self.padding, self.stride, self.dilation, 1)
-            laid_out = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *window, list(x.shape))
+            if algorithm is not None:
+                laid_out = self._kept(algorithm)
+            else:
+                window = (self.padding, self.stride, self.dilation, 1)
+                laid_out = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight.detach(), *window, list(x.shape)
+                )
             packed = packs[self] = Packed(key, laid_out)
         return packed.weight
+
+    def _kept(self, algorithm: str) -> ops.PackedConv3x3:
+        now = algorithm, self.weight.shape, ops.fingerprint(self.weight)
+        kept = _KEPT.get(self)
+        if kept is None or kept[:3] != now:
+            _KEPT.pop(self, None)
+            kept = _KEPT[self] = Kept(*now, ops.pack_conv3x3(self.weight, algorithm))
+        return kept.packed

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import ops
 from .unet import TimeRows, UNet
 
-Model = Callable[[Tensor, Tensor], Tensor]
+Model = Callable[..., Tensor]
 Step = Callable[[Tensor, "Tensor | None", "Tensor | None"], None]
 """``step(i, t, noise)`` moves the buffers on: i 0-d or (B,), t (B,) or None where time rows are read."""
 
@@ -36,6 +36,7 @@ class Buffers:
         step: (B,) int64, where the counter noise's step is not ``i``, and the kernel cannot draw it.
         clip: (B,) float32, each sample's bound of x0, where they differ.
         noise: like x, where it is drawn on the host.
+        class_labels: (B, ...), what the model is told of each sample besides its time.
         rows: the time rows of the timesteps, where the model is our U-Net.
     """
 
@@ -49,6 +50,7 @@ class Buffers:
     step: Tensor | None = None
     clip: Tensor | None = None
     noise: Tensor | None = None
+    class_labels: Tensor | None = None
     rows: TimeRows | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -94,7 +96,7 @@ class Network:
     """A model as a step calls it.
 
     Attributes:
-        model: ``model(x, t) -> out``.
+        model: ``model(x, t) -> out``, or ``model(x, t, class_labels) -> out`` where the buffers have labels.
         dtype: what x is converted to; None to leave it float32.
         channels_last: whether a 4-d x is laid out so.
         compile: False, True or "max-autotune": whether it is called through ``torch.compile``, whole.
@@ -155,11 +157,12 @@ class Network:
         )
 
         calling = self._calling()
+        labels = () if buffers.class_labels is None else (buffers.class_labels,)
 
         def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
             given = x if as_it_is else x.to(**options)
             with calling:
-                out = model(given, t) if rows is None else forward_rows(given, rows, i)
+                out = model(given, t, *labels) if rows is None else forward_rows(given, rows, i)
             if not isinstance(out, Tensor):
                 raise TypeError(
                     f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "

@@ -42,11 +42,11 @@ def check_channels(channels: int, form: str) -> None:
         raise ValueError(f"a PNG has 1, 3 or 4 channels, not {channels}: use format 'npz'")
 
 
-def write(images: Tensor, out: Path, form: str, first: int = 0) -> None:
+def write(images: Tensor, out: Path, form: str, first: int = 0, columns: int | None = None) -> None:
     """Write uint8 ``(N, C, H, W)``.
 
-    "png-grid" is one picture, small images enlarged without smoothing; "png-dir" a picture each as it is,
-    named by its index from ``first`` on, as 000000.png;
+    "png-grid" is one picture, ``columns`` wide, small images enlarged without smoothing; "png-dir" a picture
+    each as it is, named by its index from ``first`` on, as 000000.png;
     "npz" ``arr_0`` uint8 (N, H, W, C), as OpenAI's image_sample.py writes it.
     """
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -56,7 +56,7 @@ def write(images: Tensor, out: Path, form: str, first: int = 0) -> None:
         for k, image in enumerate(pixels, first):
             _replace(out / f"{k:06}.png", lambda file, image=image: picture(image).save(file, "PNG"))
     else:
-        _replace(out, lambda file: picture(grid(pixels)).save(file, "PNG"))
+        _replace(out, lambda file: picture(grid(pixels, columns)).save(file, "PNG"))
 
 
 def picture(pixels: np.ndarray) -> Image.Image:
@@ -64,13 +64,13 @@ def picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def grid(pixels: np.ndarray) -> np.ndarray:
-    """(N, H, W, C) uint8 as one near-square picture, a light line between tiles."""
+def grid(pixels: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """(N, H, W, C) uint8 as one picture, near-square unless it has ``columns``, a light line between tiles."""
     count, height, width, channels = pixels.shape
     zoom = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
     pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     height, width = height * zoom, width * zoom
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     gap = 2
     sheet = np.full(

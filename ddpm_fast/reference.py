@@ -154,6 +154,17 @@ def group_norm_silu_concat(
     return (y, both) if concat else y
 
 
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, plus: Tensor | None = None) -> Tensor:
+    """3x3 convolution, stride 1, padded with zeros by 1, plus ``plus``, in x's layout."""
+    dtype = compute_dtype(x.dtype)
+    y = torch.nn.functional.conv2d(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), padding=1
+    )
+    if plus is not None:
+        y = y + plus.to(dtype)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The layout an op keeps: channels_last for a 4-d tensor that is so and nothing else, else contiguous."""
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):

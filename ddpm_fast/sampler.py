@@ -25,10 +25,32 @@ from .threads import worthwhile
 from .unet import UNet
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
+Progress = Callable[[Iterable[int]], Iterable[int]]
 
 METHODS = {"ddpm": steps.ddpm, "ddim": steps.ddim, "dpm_solver": steps.dpm_solver}
 FEW_STEPS = {"ddim": 50, "dpm_solver": 20}
 """num_steps where it is not given, and T allows it; ddpm takes all T."""
+DEFAULTS = {
+    "method": "ddpm",
+    "num_steps": None,
+    "spacing": None,
+    "prediction": "epsilon",
+    "steps_offset": 0,
+    "variance": None,
+    "eta": 0.0,
+    "use_clipped_out": False,
+    "final_alpha_cumprod": 1.0,
+    "order": None,
+}
+"""The options of `Sampler` that a table is made of."""
+OWNERS = {
+    "variance": "ddpm",
+    "eta": "ddim",
+    "use_clipped_out": "ddim",
+    "final_alpha_cumprod": "ddim",
+    "order": "dpm_solver",
+}
+"""The method of those that one method has."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -49,8 +71,10 @@ class Sampler:
 
     Args:
         model: any ``model(x, t) -> out``; x (B, ...) of at least two dimensions, t (B,) int64. ``out`` is
-            like x, or has twice its channels where the variance is learned. A module runs in eval mode.
-        schedule: what training fixed.
+            like x, or has twice its channels where the variance is learned. A module runs in eval mode. A run
+            that is given class labels calls ``model(x, t, class_labels)``.
+        schedule: what training fixed; or a `StepTable`, the whole run: then nothing that a table is made of
+            can be given, from ``method`` to ``order``.
         method: "ddpm" (Ho et al. 2020), "ddim" (Song et al. 2021) or "dpm_solver" (DPM-Solver++(2M), Lu et
             al. 2022).
         num_steps: model calls of a run. None: T for ddpm, at most 50 for ddim, at most 20 for dpm_solver.
@@ -78,18 +102,19 @@ class Sampler:
             weights are frozen.
 
     Attributes:
-        table: the `StepTable` of the run.
+        table: the `StepTable` of a run.
         stats: a `cuda_graph.Stats`, of all runs so far.
 
     Raises:
-        TypeError, ValueError: see `steps`; an unknown method, or an option that is another method's; a dtype
-            that the model's device cannot compute in; graph=True for a model that is not on CUDA.
+        TypeError, ValueError: see `steps`; an unknown method, or an option that is another method's or the
+            table's; a dtype that the model's device cannot compute in; graph=True for a model that is not on
+            CUDA.
     """
 
     def __init__(
         self,
         model: Model,
-        schedule: Schedule,
+        schedule: Schedule | StepTable,
         *,
         method: str = "ddpm",
         num_steps: int | None = None,
@@ -109,12 +134,6 @@ class Sampler:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
-        if not isinstance(method, str) or method not in METHODS:
-            raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
-        if clip is not None and (
-            isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
-        ):
-            raise ValueError(f"clip must be None or a positive number, got {clip!r}")
         if compile is not True and compile is not False and compile != "max-autotune":
             raise ValueError(f"compile must be False, True or 'max-autotune', got {compile!r}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -122,29 +141,20 @@ class Sampler:
         for name, value in (("graph", graph), ("channels_last", channels_last)):
             if value is not True and value is not False and value != "auto":
                 raise ValueError(f"{name} must be 'auto', True or False, got {value!r}")
-        options = {"prediction": prediction, "steps_offset": steps_offset}
-        if spacing is not None:
-            options["spacing"] = spacing
-        for name, value, default, owner in (
-            ("variance", variance, None, "ddpm"),
-            ("eta", eta, 0.0, "ddim"),
-            ("use_clipped_out", use_clipped_out, False, "ddim"),
-            ("final_alpha_cumprod", final_alpha_cumprod, 1.0, "ddim"),
-            ("order", order, None, "dpm_solver"),
-        ):
-            if value != default:
-                if name == "variance" and value in steps.VARIANCES and owner != method:
-                    continue
-                if owner != method:
-                    raise ValueError(f"{name}={value!r} is an option of method {owner!r}, not of {method!r}")
-                options[name] = value
-        counted = spacing is None or (isinstance(spacing, str) and spacing in steps.SPACINGS)
-        if num_steps is None and counted and isinstance(schedule, Schedule):
-            most = len(schedule) - (method == "dpm_solver")  # whose spacings lay out one point more
-            num_steps = max(1, min(FEW_STEPS.get(method, most), most))
-        self._table_of = partial(METHODS[method], schedule, **options)
-        self.table: StepTable = self._table_of(num_steps)
-        self.clip = None if clip is None else float(clip)
+        options = {
+            "method": method,
+            "num_steps": num_steps,
+            "spacing": spacing,
+            "prediction": prediction,
+            "steps_offset": steps_offset,
+            "variance": variance,
+            "eta": eta,
+            "use_clipped_out": use_clipped_out,
+            "final_alpha_cumprod": final_alpha_cumprod,
+            "order": order,
+        }
+        self.table, self._table_of = _tables(schedule, options)
+        self.clip = _as_clip(clip)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         halves = (torch.bfloat16, torch.float16)
         packs = False  # whether the model lays out its weights itself
@@ -175,6 +185,19 @@ class Sampler:
 
     to_uint8 = staticmethod(to_uint8)
 
+    def with_table(self, table: StepTable, clip: float | None = 1.0) -> Sampler:
+        """A sampler of other steps that shares this one's model, its copy in another dtype, and its captures.
+
+        Raises:
+            TypeError, ValueError: not a StepTable; clip is neither None nor a positive number.
+        """
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table must be a StepTable, got {type(table).__name__}")
+        other = copy.copy(self)
+        other.table, other._table_of = _tables(table, {})
+        other.clip = _as_clip(clip)
+        return other
+
     def __call__(
         self,
         batch_size: int | None = None,
@@ -184,14 +207,16 @@ class Sampler:
         first_image: int = 0,
         x_T: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        noise: str = "counter",
-        progress: bool = False,
+        noise: str | Noise = "counter",
+        class_labels: Tensor | None = None,
+        progress: bool | Progress = False,
         callback: Callback | None = None,
     ) -> Tensor:
         """Run the whole table; returns float32 ``(B, *shape)``, contiguous.
 
         Args:
-            batch_size: images of this run; None: as many as ``x_T`` or the generators have, else 1.
+            batch_size: images of this run; None: as many as ``x_T``, ``class_labels`` or the generators are,
+                else 1.
             shape: of one sample, without the batch; default the model's ``sample_shape``.
             seed, first_image: sample b is image ``first_image + b`` of this 64-bit seed: the same whatever
                 the batch, or how a run is split into batches.
@@ -199,8 +224,11 @@ class Sampler:
             generator: with noise="torch": a generator, or a list of one an image; default one that is seeded
                 with ``seed``.
             noise: "counter" (drawn in the kernel, see `ops.counter_normal`) or "torch" (drawn as diffusers'
-                pipelines draw; ``first_image`` has no meaning there).
-            progress: show a bar on stderr.
+                pipelines draw; ``first_image`` has no meaning there); or a `noise.CounterNoise`, where each
+                image has a seed and an index of its own, or a `noise.TorchNoise`.
+            class_labels: what a class-conditional model is told of each image: (B,) int64 for our U-Net; for
+                another model any tensor of B entries. Labels that differ replay the same captured step.
+            progress: show a bar on stderr; or a function that shows one, as ``tqdm.tqdm``, given the steps.
             callback: called as ``callback(i, t, x, x0)`` after each step with the step, its time and the live
                 tensors; it may change x in place.
 
@@ -209,14 +237,22 @@ class Sampler:
                 a model whose output does not fit.
             RuntimeError: with graph=True, a model that waits for the device; the message names the op.
         """
+        if not isinstance(progress, bool) and not callable(progress):
+            raise TypeError(f"progress must be True, False or a function, got {type(progress).__name__}")
         start = time.perf_counter()
         stores_x0 = callback is not None
         with evaluating(self.model):
-            run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0)
+            run = self._start(
+                batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0, class_labels
+            )
             try:
-                count = range(len(self.table))
+                count: Iterable[int] = range(len(self.table))
+                if progress is True:
+                    count = tqdm(count, desc=self.table.method, unit="step")
+                elif progress:
+                    count = progress(count)
                 with worthwhile(self.model, run.x), packing(run.packs):
-                    for i in tqdm(count, desc=self.table.method, unit="step") if progress else count:
+                    for i in count:
                         run.step(i)
                         if callback is not None:
                             callback(i, int(self.table.timesteps[i]), run.x, run.x0)
@@ -236,7 +272,8 @@ class Sampler:
         first_image: int = 0,
         x_T: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        noise: str = "counter",
+        noise: str | Noise = "counter",
+        class_labels: Tensor | None = None,
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yield ``(i, t, x, x0)`` after every ``every``-th step and the last; the tensors are copies.
 
@@ -248,7 +285,7 @@ class Sampler:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an int of at least 1, got {every!r}")
         with evaluating(self.model):
-            run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, True)
+            run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, True, class_labels)
 
         def walk() -> Iterator[tuple[int, int, Tensor, Tensor]]:
             last = len(self.table) - 1
@@ -299,7 +336,9 @@ class Sampler:
         )
         return stream.serve(iter(requests))
 
-    def _start(self, batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0) -> _Run:
+    def _start(
+        self, batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0, class_labels=None
+    ) -> _Run:
         """The checked arguments of a call as a run that stands before its first step; for `evaluating`."""
         several = isinstance(generator, Sequence)
         for one in generator if several else (generator,):
@@ -310,7 +349,8 @@ class Sampler:
             if x_T.dim() < 2:
                 raise ValueError(f"x_T must have at least two dimensions, got shape {tuple(x_T.shape)}")
         if batch_size is None:
-            batch_size = len(x_T) if x_T is not None else len(generator) if several else 1
+            counted = (x_T, class_labels, generator if several else None)
+            batch_size = next((len(given) for given in counted if given is not None), 1)
         batch_size = check_int("batch_size", batch_size, 1)
         shape = (batch_size, *self._shape(shape, x_T))
         if x_T is not None and tuple(x_T.shape) != shape:
@@ -318,32 +358,38 @@ class Sampler:
         device = _device(self.model, x_T)
         _check_device(device, self.dtype, self._graphs.graph)
 
-        source: Noise
-        if noise == "counter":
-            if generator is not None:
-                raise ValueError("generator is for noise='torch'; noise='counter' takes seed and first_image")
-            first_image = check_int("first_image", first_image, 0, 2**62)
-            source = CounterNoise(
-                ops.as_seed(seed, batch_size, device), ops.as_image_index(first_image, batch_size, device)
-            )
-        elif noise == "torch":
-            if first_image != 0:
-                raise ValueError("first_image is for noise='counter'; torch's generators do not count images")
-            if several and len(generator) != batch_size:
-                raise ValueError(
-                    f"generator must be one, or {batch_size}, one an image; got {len(generator)}"
-                )
-            if generator is None:
-                generator = torch.Generator().manual_seed(check_int("seed", seed, -(2**63), 2**64 - 1))
-            source = TorchNoise(generator, self.dtype or torch.float32)
-        else:
-            raise ValueError(f"noise={noise!r} is not known; allowed: counter, torch")
-
+        source = _noise(noise, generator, seed, first_image, self.dtype, batch_size, device)
+        class_labels = self._labels(class_labels, batch_size, device)
         if x_T is None:
             x = source.x_T(shape, device)
         else:
             x = x_T.detach().to(device, torch.float32, copy=True).contiguous()
-        return _Run(self, x, source, stores_x0)
+        return _Run(self, x, source, stores_x0, class_labels)
+
+    def _labels(self, class_labels: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
+        """The labels on the device; for our U-Net, of the classes that it has."""
+        classes = self.model.config.num_class_embeds if isinstance(self.model, UNet) else None
+        if class_labels is None:
+            if classes is not None:
+                raise ValueError(f"the model needs class_labels, in [0, {classes - 1}]")
+            return None
+        if isinstance(self.model, UNet) and classes is None:
+            raise ValueError("the model has no classes and takes no class_labels")
+        if not isinstance(class_labels, Tensor) or (
+            classes is not None and class_labels.dtype != torch.int64
+        ):
+            given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
+            raise TypeError(f"class_labels must be an int64 Tensor, got {given}")
+        shape = tuple(class_labels.shape)
+        if shape[:1] != (batch_size,) or (classes is not None and len(shape) > 1):
+            raise ValueError(f"class_labels must have shape ({batch_size},), one an image, got {shape}")
+        if classes is not None:
+            low, high = (int(label) for label in class_labels.aminmax())
+            if low < 0 or high >= classes:
+                raise ValueError(
+                    f"class_labels must be in [0, {classes - 1}], got {low if low < 0 else high}"
+                )
+        return class_labels.detach().to(device, copy=True).contiguous()
 
     def _shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         """Of one sample: as given, else as x_T's, else the model's own."""
@@ -367,7 +413,9 @@ class Sampler:
 class _Run:
     """A run under way: what every step reads and writes, and how it is launched."""
 
-    def __init__(self, sampler: Sampler, x: Tensor, noise: Noise, stores_x0: bool) -> None:
+    def __init__(
+        self, sampler: Sampler, x: Tensor, noise: Noise, stores_x0: bool, class_labels: Tensor | None
+    ) -> None:
         table, network = sampler.table, sampler._network
         timesteps = table.timesteps_tensor(x.device)
         self.noise, self.draws = noise, table.draws.tolist()
@@ -380,6 +428,7 @@ class _Run:
             i=indices[0],
             table=table.tensor(x.device),
             timesteps=timesteps,
+            class_labels=class_labels,
             rows=network.time_rows(timesteps),
             **noise.counter(),
         )
@@ -437,6 +486,94 @@ class _Run:
         """Let another run have the captured step."""
         if self.captured is not None:
             self.graphs.give_back(self.captured)
+
+
+def _tables(
+    schedule: Schedule | StepTable, options: dict[str, Any]
+) -> tuple[StepTable, Callable[[int], StepTable]]:
+    """The table of a sampler with these options, and what makes one of another length for a request."""
+    given = {
+        name: value
+        for name, value in options.items()
+        if (value is not None if DEFAULTS[name] is None else value != DEFAULTS[name])
+    }
+    if isinstance(schedule, StepTable):
+        if given:
+            raise ValueError(f"{', '.join(given)} cannot be given beside a StepTable, which fixes the run")
+        return schedule, partial(_only, schedule)
+    method, num_steps, spacing = options["method"], options["num_steps"], options["spacing"]
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
+    for name, owner in OWNERS.items():
+        if name not in given or owner == method:
+            continue
+        if name != "variance" or given[name] not in steps.VARIANCES:
+            raise ValueError(f"{name}={given[name]!r} is an option of method {owner!r}, not of {method!r}")
+        del given[name]
+    counted = spacing is None or (isinstance(spacing, str) and spacing in steps.SPACINGS)
+    if num_steps is None and counted and isinstance(schedule, Schedule):
+        most = len(schedule) - (method == "dpm_solver")  # whose spacings lay out one point more
+        num_steps = max(1, min(FEW_STEPS.get(method, most), most))
+    table_of = partial(
+        METHODS[method],
+        schedule,
+        **{name: value for name, value in given.items() if name not in ("method", "num_steps")},
+    )
+    return table_of(num_steps), table_of
+
+
+def _only(table: StepTable, num_steps: int) -> StepTable:
+    if num_steps != len(table):
+        raise ValueError(
+            f"num_steps must be None or {len(table)}, which the sampler's StepTable has, got {num_steps}"
+        )
+    return table
+
+
+def _noise(
+    noise: str | Noise,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    seed: int | Tensor,
+    first_image: int,
+    dtype: torch.dtype | None,
+    batch_size: int,
+    device: torch.device,
+) -> Noise:
+    """Where a call's noise comes from, with its arguments checked."""
+    if isinstance(noise, (CounterNoise, TorchNoise)):
+        if generator is not None or first_image != 0 or isinstance(seed, Tensor) or seed != 0:
+            raise ValueError(
+                "generator, seed and first_image cannot be given beside a noise that has its own"
+            )
+        if isinstance(noise, CounterNoise):
+            ops.as_seed(noise.seed, batch_size, device)
+            ops.as_image_index(noise.image_index, batch_size, device)
+            return noise
+        generator = noise.generator
+    elif noise == "counter":
+        if generator is not None:
+            raise ValueError("generator is for noise='torch'; noise='counter' takes seed and first_image")
+        first_image = check_int("first_image", first_image, 0, 2**62)
+        return CounterNoise(
+            ops.as_seed(seed, batch_size, device), ops.as_image_index(first_image, batch_size, device)
+        )
+    elif noise == "torch":
+        if first_image != 0:
+            raise ValueError("first_image is for noise='counter'; torch's generators do not count images")
+        if generator is None:
+            generator = torch.Generator().manual_seed(check_int("seed", seed, -(2**63), 2**64 - 1))
+        noise = TorchNoise(generator, dtype or torch.float32)
+    else:
+        raise ValueError(f"noise={noise!r} is not known; allowed: counter, torch")
+    if isinstance(generator, Sequence) and len(generator) != batch_size:
+        raise ValueError(f"generator must be one, or {batch_size}, one an image; got {len(generator)}")
+    return noise
+
+
+def _as_clip(clip: float | None) -> float | None:
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0):
+        raise ValueError(f"clip must be None or a positive number, got {clip!r}")
+    return None if clip is None else float(clip)
 
 
 def _check_floating(name: str, x: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import subprocess
 import sys
 
@@ -148,3 +150,100 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         pictures.write(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), out, "npz")
     assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]
+
+
+# verify
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, diffusers):
+    """The folder of a small random pipeline; DDPM, in which what a step rounds does not grow."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("theirs") / "model"
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_verify(tmp_path, theirs):
+    done = run("verify", theirs, "--steps", 4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("DDPMPipeline, float32, cpu", "DDPMScheduler, 4 steps, batch 1", "pixels off by 1: 0 %"):
+        assert words in done.stdout
+    assert done.stdout.endswith("verify.png: the original, ours, and their difference amplified\n")
+    bar = done.stderr.splitlines()[-1]
+    assert bar.startswith("verify: 100%") and " 40/40 [" in bar  # each ran 5 times
+    assert [file.name for file in tmp_path.iterdir()] == ["verify.png"]
+    assert Image.open(tmp_path / "verify.png").size == (3 * 34 + 2, 34 + 2)
+
+
+def test_verify_s_options(monkeypatch, tmp_path, capsys, theirs, tiny):
+    out = tmp_path / "deep" / "v.PNG"
+
+    def verify(folder, *options):
+        assert call(monkeypatch, "verify", folder, "--device", "cpu", *options, "--out", out) == 0
+        return capsys.readouterr().out, np.asarray(Image.open(out))
+
+    table, first = verify(theirs, "--steps", 3, "--batch-size", 2)
+    assert "3 steps, batch 2" in table and first.shape == (2 * 34 + 2, 3 * 34 + 2, 3)
+    assert np.array_equal(verify(theirs, "--steps", 3, "--batch-size", 2, "--seed", 0)[1], first)
+    assert not np.array_equal(verify(theirs, "--steps", 3, "--batch-size", 2, "--seed", 1)[1], first)
+    assert "DDIMScheduler, 2 steps" in verify(theirs, "--steps", 2, "--method", "ddim")[0]
+    assert "DDPMPipeline, bfloat16" in verify(theirs, "--steps", 50, "--dtype", "bfloat16")[0]
+    assert "DDPMPipeline, float32\n" in verify(theirs, "--steps", 2, "--dtype", "float32")[0]
+    assert "UNet in the naive loop" in verify(tiny)[0]
+
+
+def test_verify_past_tolerance(monkeypatch, tmp_path, capsys, theirs):
+    pairs = importlib.import_module("ddpm_fast.compat.diffusers.pair")
+    accelerate = pairs.accelerate
+
+    def perturbed(pipe):
+        made = copy.deepcopy(accelerate(pipe))
+        with torch.no_grad():
+            made.unet.conv_in.weight[0] += 0.1
+        return made
+
+    monkeypatch.setattr(pairs, "accelerate", perturbed)
+    code = call(monkeypatch, "verify", theirs, "--steps", 3, "--out", tmp_path / "v.png")
+    said = capsys.readouterr()
+    assert code == 1
+    assert "within tolerance: no" in said.out and (tmp_path / "v.png").is_file()
+    assert said.err.endswith("error: the images differ past tolerance\n")
+
+
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (("--dtype", "float64"), "--dtype 'float64' is not known; allowed: float32, bfloat16"),
+        (("--method", "euler"), "method='euler' is not known; allowed: ddpm, ddim"),
+        (("--steps", 0), "num_steps must be at least 1, got 0"),
+        (("--steps", 1001), "1001"),
+        (("--batch-size", 0), "batch_size must be at least 1, got 0"),
+        (("--seed", 2**64), "seed must be in"),
+        (("--device", "foo"), "foo"),
+        (("--out", "a.jpg"), "--out a.jpg must end in .png"),
+        (("--out", "/proc/nowhere/a.png"), "/proc/nowhere cannot be written"),
+    ],
+)
+def test_verify_s_mistakes_are_one_line(monkeypatch, tmp_path, theirs, args, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("work was done"))
+    code = call(monkeypatch, "verify", theirs, *args)
+    assert isinstance(code, str) and code.startswith("error: ") and words in code
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_wants_a_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder, words in (("nowhere", "nowhere is not a folder"), (".", "holds no model")):
+        code = call(monkeypatch, "verify", folder)
+        assert isinstance(code, str) and code.startswith("error: ") and words in code
+    assert call(monkeypatch, "verify") == 2

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from op_cases import check_error_rule
 from torch import nn
 
-from ddpm_fast import Sampler, Schedule, UNet, UNetConfig
-from ddpm_fast.convolution import Conv2d, can_pack, packing
+from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, ops
+from ddpm_fast.convolution import Conv2d, can_pack, fastest_conv3x3, packing
+from ddpm_fast.ops import _dispatch
 
 WINDOWS = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -130,3 +133,90 @@ def test_a_run_sees_every_change_of_the_weights():
         parameter.data.mul_(0.5).add_(0.1)
     fresh = Sampler(copy.deepcopy(model), Schedule.linear(), num_steps=2, channels_last=True)
     assert torch.equal(sampler(1), fresh(1))
+
+
+# ---- our own kernels ----
+
+
+@pytest.fixture
+def own(packs):
+    """Packs that our kernels may be in."""
+    if _dispatch.NATIVE_MISSING is not None:
+        pytest.skip(_dispatch.NATIVE_MISSING)
+    return packs
+
+
+@pytest.mark.parametrize(
+    "batch,side,algorithm", [(1, 32, "f4"), (1, 16, "f4x2"), (1, 8, "f2"), (1, 4, "direct"), (8, 4, "f2")]
+)
+def test_a_3x3_window_is_our_own_kernels(batch, side, algorithm, generator, own):
+    conv = Conv2d(32, 48, 3, padding=1)
+    x = channels_last(batch, 32, side, side, generator=generator)
+    plus = channels_last(batch, 48, side, side, generator=generator)
+    bias = torch.randn(48, generator=generator)
+    with torch.no_grad():
+        got = conv(x, plus, bias)
+        expected = plus + nn.functional.conv2d(x, conv.weight, bias, padding=1)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert own[conv].weight.algorithm == algorithm
+
+
+@pytest.mark.parametrize("window", ["1x1", "down", "valid"])
+def test_other_windows_are_onednns(window, generator, own):
+    conv = Conv2d(32, 32, **WINDOWS[window])
+    unpadded = Conv2d(32, 32, 3)
+    with torch.no_grad():
+        for layer in (conv, unpadded):
+            layer(channels_last(1, 32, 16, 16, generator=generator))
+            assert isinstance(own[layer].weight, torch.Tensor)
+
+
+def test_few_channels_and_other_backends_are_onednns(generator, own, monkeypatch):
+    assert fastest_conv3x3(1, 3, 128, 32, 32) is None and fastest_conv3x3(1, 128, 3, 32, 32) is None
+    monkeypatch.setattr(_dispatch, "FORCED_BACKEND", "reference")
+    conv = Conv2d(32, 32, 3, padding=1)
+    with torch.no_grad():
+        conv(channels_last(1, 32, 16, 16, generator=generator))
+    assert isinstance(own[conv].weight, torch.Tensor)
+
+
+def test_a_packed_weight_is_kept_for_the_next_run_if_nothing_changed(generator, own):
+    def run(side: int) -> ops.PackedConv3x3:
+        """In packs of its own."""
+        x = channels_last(1, 32, side, side, generator=generator)
+        run_packs = {}
+        with torch.no_grad(), packing(run_packs):
+            got, expected = layers[0](x), nn.Conv2d.forward(layers[0], x)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        return run_packs[layers[0]].weight
+
+    layers = [Conv2d(32, 32, 3, padding=1)]
+    first = run(16)
+    assert run(16) is first
+    layers[0].weight.data.neg_()  # which leaves no trace in the parameter's version
+    second = run(16)
+    assert second is not first and run(16) is second
+    assert run(4).algorithm == "direct"
+    memory = weakref.ref(run(4).weight)
+    layers.clear()
+    gc.collect()
+    assert memory() is None
+
+
+def test_the_whole_network_against_float64(generator, own):
+    """Relative to the output, in the 2-norm: 5e-6."""
+    config = UNetConfig((64, 128), (False, True), (True, False), sample_size=32)
+    model = UNet(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # some start at zero
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+        for batch in (1, 8):
+            x = channels_last(batch, 3, 32, 32, generator=generator)
+            got = model(x, 500)
+            exact = copy.deepcopy(model).double()(x.double(), 500)
+            assert (got - exact).norm() <= 5e-6 * exact.norm()
+    algorithms = {
+        pack.weight.algorithm for pack in own.values() if isinstance(pack.weight, ops.PackedConv3x3)
+    }
+    assert algorithms >= {"f4"}

@@ -13,7 +13,9 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 ORDER = (
     {"schedule", "reference"},
     {"ops._triton"},
-    {"ops", "convolution"},
+    {"ops"},
+    {"convolution"},
+    {"fusion"},
     {"unet", "losses", "noise", "steps"},
     {"threads"},
     {"engine"},
@@ -22,10 +24,19 @@ ORDER = (
     {"sampler"},
     {"checkpoint", "training", "generate", "info", "pictures"},
     {"compat"},
+    {"bench"},
     {"cli"},
     {"__main__", ""},
 )
-FOREIGN = {"diffusers", "guided_diffusion", "improved_diffusion", "transformers", "openvino", "onnxruntime"}
+FOREIGN = {
+    "denoising_diffusion_pytorch",
+    "diffusers",
+    "guided_diffusion",
+    "improved_diffusion",
+    "onnxruntime",
+    "openvino",
+    "transformers",
+}
 
 
 def room(module: str) -> str:

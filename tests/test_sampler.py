@@ -7,14 +7,28 @@ import importlib.util
 import statistics
 import types
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, ops, reference, to_uint8
+from ddpm_fast import (
+    Request,
+    Sampler,
+    Schedule,
+    UNet,
+    UNetConfig,
+    checkpoint,
+    ops,
+    reference,
+    steps,
+    to_uint8,
+)
 from ddpm_fast.convolution import can_pack
+from ddpm_fast.engine import Buffers, Network, advancing
+from ddpm_fast.noise import CounterNoise, TorchNoise
 from ddpm_fast.ops import _dispatch
 from ddpm_fast.sampler import _check_device
 
@@ -111,6 +125,187 @@ def test_learned_range():
     assert drawn.isfinite().all()
     ddim = Sampler(model, SCHEDULE, method="ddim", num_steps=20)(2, shape=(3, 8, 8))  # ignores the variance
     assert torch.equal(ddim, Sampler(denoiser, SCHEDULE, method="ddim", num_steps=20)(2, shape=(3, 8, 8)))
+
+
+# ---- a table as it is given ----
+
+
+def test_a_table_in_place_of_a_schedule():
+    table = steps.ddim(SCHEDULE, 7, eta=0.5, spacing="trailing")
+    sampler = Sampler(denoiser, table, clip=None)
+    options = {"method": "ddim", "num_steps": 7, "eta": 0.5, "spacing": "trailing", "clip": None}
+    expected = Sampler(denoiser, SCHEDULE, **options)
+    assert sampler.table is table
+    assert torch.equal(sampler(2, shape=(3, 8, 8)), expected(2, shape=(3, 8, 8)))
+
+    requests = [Request(seed=k, num_steps=n) for k, n in enumerate((None, 7))]
+    images = {request.seed: image for request, image in sampler.stream(requests, shape=(3, 8, 8))}
+    for seed in (0, 1):
+        torch.testing.assert_close(images[seed], expected(1, shape=(3, 8, 8), seed=seed)[0])
+    with pytest.raises(ValueError, match=r"num_steps must be None or 7, .* got 8"):
+        list(sampler.stream([Request(num_steps=8)], shape=(3, 8, 8)))
+
+
+def test_another_table_on_the_same_sampler(unet):
+    sampler = Sampler(unet, SCHEDULE, method="ddim", num_steps=4, dtype=torch.bfloat16)
+    table = steps.dpm_solver(SCHEDULE, 3)
+    other = sampler.with_table(table, clip=None)
+    assert other.model is sampler.model and other.table is table and len(sampler.table) == 4
+    expected = Sampler(unet, table, clip=None, dtype=torch.bfloat16)
+    assert torch.equal(other(2), expected(2))
+    with pytest.raises(TypeError, match="table must be a StepTable, got Schedule"):
+        sampler.with_table(SCHEDULE)
+    with pytest.raises(ValueError, match="clip must be None or a positive number"):
+        sampler.with_table(table, clip=-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ddim"},
+        {"num_steps": 5},
+        {"spacing": np.array([5, 0])},
+        {"prediction": "v"},
+        {"steps_offset": 1},
+        {"variance": "fixed_small"},
+        {"eta": 1.0},
+        {"use_clipped_out": True},
+        {"final_alpha_cumprod": 0.9},
+        {"order": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_table_takes_no_options_of_a_table(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} cannot be given beside a StepTable"):
+        Sampler(denoiser, steps.ddim(SCHEDULE, 5), **options)
+
+
+# ---- class labels ----
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    torch.manual_seed(0)
+    config = UNetConfig((8,), (False,), (False,), sample_size=4, norm_num_groups=4, num_class_embeds=3)
+    model = UNet(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_class_labels(conditional):
+    sampler = Sampler(conditional, SCHEDULE, num_steps=5)
+    labels = torch.tensor([2, 0, 2])
+    images = sampler(class_labels=labels, seed=1)
+    assert len(images) == 3
+    fixed = Sampler(lambda x, t: conditional(x, t, labels), SCHEDULE, num_steps=5)
+    torch.testing.assert_close(images, fixed(3, shape=(3, 4, 4), seed=1), rtol=0, atol=1e-5)
+    others = sampler(class_labels=torch.tensor([2, 1, 2]), seed=1)
+    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(images, others, strict=True)]
+    assert same == [True, False, True]
+    *_, (_, _, last, _) = sampler.trajectory(class_labels=labels, seed=1)
+    assert torch.equal(last, images)
+    assert torch.equal(labels, torch.tensor([2, 0, 2]))
+
+
+def test_class_labels_are_a_buffer(conditional):
+    """What a captured step does: it is bound once, and other labels are copied in."""
+
+    def inputs(labels):
+        x, i = torch.ones(2, 3, 4, 4), torch.tensor(0)
+        table = Sampler(conditional, SCHEDULE, num_steps=2).table
+        image_index = {"seed": torch.tensor(0), "image_index": torch.arange(2)}
+        labels = torch.tensor(labels)
+        return Buffers(
+            x, None, i, table.tensor(), table.timesteps_tensor(), **image_index, class_labels=labels
+        )
+
+    def bound(buffers):
+        return advancing(Network(conditional, None, False).bind(buffers, 1.0), buffers, lambda: None)
+
+    first, second = inputs([0, 1]), inputs([2, 1])
+    assert first.layout() == second.layout()
+    assert replace(first, class_labels=None).layout() != first.layout()
+    own = first.clone()
+    step = bound(own)
+    with torch.no_grad():
+        step()
+        own.load(second)
+        step()
+        bound(second)()
+    assert torch.equal(own.x, second.x) and not torch.equal(second.x[0], second.x[1])
+
+
+def test_class_labels_of_any_model():
+    """A callable is given them as they are, whatever they are."""
+    seen = []
+
+    def model(x, t, class_labels):
+        seen.append(class_labels)
+        return denoiser(x, t)
+
+    labels = torch.randn(2, 5)
+    x = Sampler(model, SCHEDULE, num_steps=3)(2, shape=(3, 4, 4), class_labels=labels)
+    assert len(seen) == 3 and all(torch.equal(given, labels) for given in seen)
+    assert torch.equal(x, Sampler(denoiser, SCHEDULE, num_steps=3)(2, shape=(3, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    "labels,error,match",
+    [
+        (None, ValueError, r"needs class_labels, in \[0, 2\]"),
+        ([0, 1], TypeError, "class_labels must be an int64 Tensor, got list"),
+        (torch.zeros(2), TypeError, "class_labels must be an int64 Tensor, got torch.float32"),
+        (torch.tensor([0]), ValueError, r"class_labels must have shape \(2,\), one an image, got \(1,\)"),
+        (torch.tensor([[0], [1]]), ValueError, r"class_labels must have shape \(2,\)"),
+        (torch.tensor(1), ValueError, r"class_labels must have shape \(2,\), one an image, got \(\)"),
+        (torch.tensor([0, 3]), ValueError, r"class_labels must be in \[0, 2\], got 3"),
+        (torch.tensor([-1, 0]), ValueError, r"class_labels must be in \[0, 2\], got -1"),
+    ],
+)
+def test_bad_class_labels_are_named(conditional, labels, error, match):
+    with pytest.raises(error, match=match):
+        Sampler(conditional, SCHEDULE, num_steps=2)(2, class_labels=labels)
+
+
+def test_class_labels_for_a_model_without_classes(unet):
+    with pytest.raises(ValueError, match="the model has no classes and takes no class_labels"):
+        Sampler(unet, SCHEDULE, num_steps=2)(2, class_labels=torch.tensor([0, 1]))
+
+
+# ---- noise as it is given ----
+
+
+def test_noise_of_each_image():
+    """Seeds of their own: an image is that of its seed and index in any batch."""
+    sampler = Sampler(denoiser, SCHEDULE, num_steps=5, variance="fixed_large")
+    noise = CounterNoise(torch.tensor([7, 3, 7]), torch.tensor([0, 4, 1]))
+    images = sampler(3, shape=(3, 4, 4), noise=noise)
+    for image, seed, index in zip(images, (7, 3, 7), (0, 4, 1), strict=True):
+        assert torch.equal(image, sampler(1, shape=(3, 4, 4), seed=seed, first_image=index)[0])
+
+
+def test_noise_of_a_generator_in_another_dtype():
+    sampler = Sampler(denoiser, SCHEDULE, num_steps=5, dtype=torch.bfloat16)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    whole = Sampler(denoiser, SCHEDULE, num_steps=5)(
+        2, shape=(3, 4, 4), noise="torch", generator=generators[0]
+    )
+    half = sampler(2, shape=(3, 4, 4), noise=TorchNoise(generators[1], torch.float32))
+    assert (half - whole).abs().max() < 0.05
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+def test_progress_may_be_a_function():
+    seen = []
+
+    def bar(steps):
+        for i in steps:
+            seen.append(i)
+            yield i
+
+    Sampler(denoiser, SCHEDULE, num_steps=3)(1, shape=(3, 4, 4), progress=bar)
+    assert seen == [0, 1, 2]
 
 
 # ---- against diffusers ----
@@ -437,11 +632,23 @@ def test_bad_model_and_schedule_are_named():
         ({"noise": "torch", "seed": 2**64}, ValueError, "seed must be"),
         ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
         ({"seed": 0.5}, TypeError, "seed must be an int"),
+        ({"progress": 1}, TypeError, "progress must be True, False or a function, got int"),
         ({"first_image": -1}, ValueError, "first_image must be"),
         ({"noise": "philox"}, ValueError, "noise='philox' is not known; allowed: counter, torch"),
         ({"generator": torch.Generator()}, ValueError, "generator is for noise='torch'"),
         ({"noise": "torch", "first_image": 1}, ValueError, "first_image is for noise='counter'"),
         ({"noise": "torch", "generator": [torch.Generator()] * 3}, ValueError, "generator must be one, or"),
+        (
+            {"noise": TorchNoise([torch.Generator()] * 3, torch.float32)},
+            ValueError,
+            "generator must be one, or",
+        ),
+        ({"noise": CounterNoise(torch.tensor(1), torch.arange(3))}, ValueError, "image_index must be"),
+        (
+            {"noise": CounterNoise(torch.tensor(1), torch.arange(2)), "seed": 1},
+            ValueError,
+            "generator, seed and first_image cannot be given beside a noise that has its own",
+        ),
         ({"x_T": torch.zeros(3, 3, 4, 4)}, ValueError, r"x_T must have shape \(2, 3, 4, 4\)"),
         ({"x_T": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, TypeError, "x_T must be a floating Tensor"),
     ],

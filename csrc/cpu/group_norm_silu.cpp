@@ -89,10 +89,13 @@ std::tuple<Tensor, OptionalTensor> norm(
   if (!channels_last) {
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (group * pixels));
     torch::stable::parallel_for(0, batch * num_groups, grain, [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) {
-        const int64_t element = k * group * pixels, b = k / num_groups, c = k % num_groups * group;
+      while (first < last) {  // groups of one image at a time
+        const int64_t b = first / num_groups, groups = std::min(last, (b + 1) * num_groups) - first;
+        const int64_t c = first % num_groups * group, element = first * group * pixels;
         kernels.group_norm_nchw(
-            dtype, sources(b, c, group), into(element), copied(element), pixels, args(b, c));
+            dtype, sources(b, c, groups * group), into(element), copied(element), pixels, group, groups,
+            args(b, c));
+        first += groups;
       }
     });
     return {y, concat};
@@ -137,7 +140,9 @@ std::tuple<Tensor, Tensor> group_norm_silu_concat_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cpu));
+  m.impl("group_norm_silu_forward", TORCH_BOX(&group_norm_silu_cpu));
   m.impl("group_norm_silu_concat", TORCH_BOX(&group_norm_silu_concat_cpu));
+  m.impl("group_norm_silu_concat_forward", TORCH_BOX(&group_norm_silu_concat_cpu));
 }
 
 }  // namespace

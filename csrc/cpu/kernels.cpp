@@ -3,7 +3,9 @@
 
 #include <type_traits>
 
+#include "kernels/conv3x3.h"
 #include "kernels/convert.h"
+#include "kernels/fingerprint.h"
 #include "kernels/group_norm_silu.h"
 #include "kernels/noise.h"
 #include "kernels/posterior_step.h"
@@ -31,10 +33,11 @@ void group_norm_nhwc_any(
 
 void group_norm_nchw_any(
     Dtype dtype, const GroupNormSources& sources, void* y, void* concat, int64_t pixels,
-    const GroupNormArgs& args) {
+    int64_t channels_per_group, int64_t groups, const GroupNormArgs& args) {
   const auto run = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    group_norm_nchw(sources, static_cast<T*>(y), static_cast<T*>(concat), pixels, args);
+    group_norm_nchw(
+        sources, static_cast<T*>(y), static_cast<T*>(concat), pixels, channels_per_group, groups, args);
   };
   if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
   if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));
@@ -55,6 +58,8 @@ const Kernels DDPM_FAST_ISA = {
     posterior_step<double>,
     group_norm_nhwc_any,
     group_norm_nchw_any,
+    {Conv3x3<1, 1>::kKernels, Conv3x3<2, 2>::kKernels, Conv3x3<4, 2>::kKernels, Conv3x3<4, 4>::kKernels},
+    fingerprint,
 };
 
 }  // namespace ddpm_fast::cpu

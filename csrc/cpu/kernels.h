@@ -39,6 +39,37 @@ struct GroupNormSources {
   GroupNormSource of[2];
 };
 
+struct Conv3x3Shape {
+  int64_t batch, height, width, in_channels, out_channels;
+};
+
+// How a 3x3 convolution of stride 1, padded by 1, is cut; sizes in floats.
+struct Conv3x3Plan : Conv3x3Shape {
+  int64_t tiles;        // of the batch
+  int64_t block;        // tiles that are worked on together, at most
+  int64_t blocks;       // a multiple of the threads, where there are so many
+  int64_t panels;       // of output channels
+  int64_t panel_size;   // of a panel's packed weights
+  int64_t packed;       // of all of them, and what fills 32 channels: the same for every instruction set
+  int64_t transformed;  // of a block's transformed inputs
+  int64_t products;     // of a panel's products with them
+};
+
+// In tiles of down x across outputs. x, plus and y are channels last; bias and plus may be null.
+struct Conv3x3Kernels {
+  int64_t down, across;
+
+  Conv3x3Plan (*plan)(const Conv3x3Shape&, int64_t threads);
+  // panels [first, last) of the weights (K, C, 3, 3)
+  void (*pack)(const Conv3x3Plan&, const float* weight, int64_t first, int64_t last, float* packed);
+  // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
+  void (*transform)(
+      const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed);
+  void (*run)(
+      const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const float* plus,
+      float* y, int64_t block, int64_t first, int64_t last, float* products);
+};
+
 struct Kernels {
   const char* isa;
 
@@ -61,14 +92,19 @@ struct Kernels {
   void (*group_norm_nhwc)(
       Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, int64_t stride, int64_t channels,
       int64_t channels_per_group, const GroupNormArgs&, float* scratch);
-  // one group of one sample, channels one after another
+  // the same with channels one after another: the sources' strides are not read
   void (*group_norm_nchw)(
-      Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, const GroupNormArgs&);
+      Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, int64_t channels_per_group,
+      int64_t groups, const GroupNormArgs&);
+
+  Conv3x3Kernels conv3x3[4];
+
+  uint64_t (*fingerprint)(const void* data, int64_t bytes);
 };
 
-// Eight floats a channel, and room for a whole register of any instruction set that starts at the last one.
-constexpr int64_t padded_channels(int64_t channels) { return (channels + 15 + 63) / 64 * 64; }
-constexpr int64_t group_norm_scratch(int64_t channels) { return 8 * padded_channels(channels); }
+// Eleven floats a channel, with two sources' last registers filled up to 32 channels.
+constexpr int64_t padded_channels(int64_t channels) { return (channels + 2 * 31 + 63) / 64 * 64; }
+constexpr int64_t group_norm_scratch(int64_t channels) { return 11 * padded_channels(channels); }
 
 // The table in use: the best this processor runs, or the one that DDPM_FAST_CPU names.
 const Kernels& kernels();

@@ -1,7 +1,8 @@
 // posterior_step and posterior_step_ on the CPU: checks, rows and threads around kernels/posterior_step.h.
 #include <algorithm>
-#include <limits>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "../checks.h"
 #include "../philox.h"
@@ -35,6 +36,30 @@ cpu::StepRow row_of(const Step& step, int64_t i, int64_t b) {
           values[5], values[6], values[7], values[8], clip};
 }
 
+// A tensor's elements, whose address is asked for once, not span by span.
+struct Elements {
+  Elements(const Tensor& x, Dtype dtype) : data(static_cast<const char*>(x.const_data_ptr())), dtype(dtype) {}
+  Elements(const OptionalTensor& x, Dtype dtype) : dtype(dtype) {
+    if (x) data = static_cast<const char*>(x->const_data_ptr());
+  }
+
+  // Span [k, k + n) as T: where it lies if it is so already, else converted into a buffer.
+  template <typename T>
+  const T* span(int64_t k, int64_t n, T* buffer) const {
+    const char* from = data + k * size_of(dtype);
+    if constexpr (std::is_same_v<T, float>) {
+      if (dtype != Dtype::kFloat) {
+        cpu::kernels().load(dtype, from, buffer, n);
+        return buffer;
+      }
+    }
+    return reinterpret_cast<const T*>(from);
+  }
+
+  const char* data = nullptr;
+  Dtype dtype;
+};
+
 // T is what is computed in: float, or double for a double x.
 template <typename T>
 void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
@@ -42,63 +67,56 @@ void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
   const int64_t batch = step.x.size(0), elements = step.x.numel() / std::max<int64_t>(batch, 1);
   const int64_t out_elements = step.out.numel() / std::max<int64_t>(batch, 1);
   const bool learned = step.table.size(1) == 9;
-  const Dtype dtype = dtype_of("x", step.x), out_dtype = dtype_of("out", step.out);
-  const PerSample rows("i", step.i, batch);
-  rows.check_range("i", step.table.size(0));
+  const PerSample steps("i", step.i, batch);
+  steps.check_range("i", step.table.size(0));
+  std::vector<cpu::StepRow> rows(batch);
   for (int64_t b = 0; b < batch; ++b) {
-    const cpu::StepRow row = row_of(step, rows[b], b);
-    check(row.x_from_x0_prev == 0 || step.x0_prev, "x0_prev is missing, and row i of the table needs it");
+    rows[b] = row_of(step, steps[b], b);
+    check(rows[b].x_from_x0_prev == 0 || step.x0_prev, "x0_prev is missing, and row i of the table needs it");
     check(
-        row.x_from_noise == 0 || step.noise || step.seed,
+        rows[b].x_from_noise == 0 || step.noise || step.seed,
         "noise or seed is missing, and row i of the table needs it");
   }
-  const PerSample none("i", step.i, batch);
-  const PerSample seeds = step.seed ? PerSample("seed", *step.seed, batch) : none;
-  const PerSample images = step.image_index ? PerSample("image_index", *step.image_index, batch) : none;
+  const PerSample seeds = step.seed ? PerSample("seed", *step.seed, batch) : steps;
+  const PerSample images = step.image_index ? PerSample("image_index", *step.image_index, batch) : steps;
+  const Dtype dtype = dtype_of("x", step.x);
+  const Elements x(step.x, dtype), out(step.out, dtype_of("out", step.out));
+  const Elements noise(step.noise, dtype), history(step.x0_prev, dtype);
+  char* const next = mutable_at(x_next, dtype, 0);
+  char* const clean = x0 ? mutable_at(*x0, dtype, 0) : nullptr;
 
   parallel_spans(batch, elements, kSpan, [&](int64_t b, int64_t begin, int64_t end) {
     const int64_t n = end - begin, k = b * elements + begin, k_out = b * out_elements + begin;
-    const cpu::StepRow row = row_of(step, rows[b], b);
-    constexpr bool kDouble = std::is_same_v<T, double>;
-
-    // An operand as T: where it lies if it is so already, else converted into a buffer.
-    const auto view = [&](const Tensor& from, Dtype from_dtype, int64_t element, T* buffer) -> const T* {
-      if constexpr (kDouble) {
-        return reinterpret_cast<const T*>(at(from, from_dtype, element));
-      } else {
-        if (from_dtype == Dtype::kFloat) return reinterpret_cast<const T*>(at(from, from_dtype, element));
-        kernels.load(from_dtype, at(from, from_dtype, element), buffer, n);
-        return buffer;
-      }
-    };
+    const cpu::StepRow& row = rows[b];
     T x_buffer[kSpan], out_buffer[kSpan], v_buffer[kSpan], history_buffer[kSpan], noise_buffer[kSpan];
     cpu::StepSpan<T> span = {};
-    span.x = view(step.x, dtype, k, x_buffer);
-    span.out = view(step.out, out_dtype, k_out, out_buffer);
-    if (learned) span.log_variance_fraction = view(step.out, out_dtype, k_out + elements, v_buffer);
-    if (row.x_from_x0_prev != 0) span.x0_prev = view(*step.x0_prev, dtype, k, history_buffer);
+    span.x = x.span(k, n, x_buffer);
+    span.out = out.span(k_out, n, out_buffer);
+    if (learned) span.log_variance_fraction = out.span(k_out + elements, n, v_buffer);
+    if (row.x_from_x0_prev != 0) span.x0_prev = history.span(k, n, history_buffer);
     if (row.x_from_noise != 0) {
       if (step.noise) {
-        span.noise = view(*step.noise, dtype, k, noise_buffer);
+        span.noise = noise.span(k, n, noise_buffer);
       } else {
-        float drawn[kSpan];
-        float* z = drawn;
-        if constexpr (!kDouble) z = noise_buffer;
-        kernels.normal(seeds[b], stream_step(kStreamStep, rows[b]), images[b], begin, z, n);
-        if constexpr (kDouble) std::copy(drawn, drawn + n, noise_buffer);
+        constexpr bool kDouble = std::is_same_v<T, double>;
+        float drawn[kDouble ? kSpan : 1];
+        float* const z = kDouble ? drawn : reinterpret_cast<float*>(noise_buffer);
+        kernels.normal(seeds[b], stream_step(kStreamStep, steps[b]), images[b], begin, z, n);
+        if (kDouble) std::copy(z, z + n, noise_buffer);
         span.noise = noise_buffer;
       }
     }
-    const bool in_place = kDouble || dtype == Dtype::kFloat;
-    span.x_next = in_place ? reinterpret_cast<T*>(mutable_at(x_next, dtype, k)) : x_buffer;
-    if (x0) span.x0 = in_place ? reinterpret_cast<T*>(mutable_at(*x0, dtype, k)) : history_buffer;
-    if constexpr (kDouble) {
+    const int64_t at = k * size_of(dtype);
+    const bool in_place = sizeof(T) == static_cast<size_t>(size_of(dtype));
+    span.x_next = in_place ? reinterpret_cast<T*>(next + at) : x_buffer;
+    if (clean != nullptr) span.x0 = in_place ? reinterpret_cast<T*>(clean + at) : history_buffer;
+    if constexpr (std::is_same_v<T, double>) {
       kernels.posterior_step_double(row, span, n);
     } else {
       kernels.posterior_step_float(row, span, n);
       if (!in_place) {
-        kernels.store(dtype, x_buffer, mutable_at(x_next, dtype, k), n);
-        if (x0) kernels.store(dtype, history_buffer, mutable_at(*x0, dtype, k), n);
+        kernels.store(dtype, x_buffer, next + at, n);
+        if (clean != nullptr) kernels.store(dtype, history_buffer, clean + at, n);
       }
     }
   });

@@ -1,19 +1,26 @@
 """The fused ops. Each works on every device: a kernel where one is built, plain PyTorch elsewhere."""
 
 from ._checks import as_image_index, as_seed
+from .conv3x3 import PackedConv3x3, conv3x3, conv3x3_packed, pack_conv3x3
 from .counter_normal import counter_normal, philox4x32_10
+from .fingerprint import fingerprint
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu_concat import group_norm_silu_concat
 from .posterior_step import bind_step, posterior_step, posterior_step_
 from .q_sample import q_sample, q_sample_counter
 
 __all__ = [
+    "PackedConv3x3",
     "as_image_index",
     "as_seed",
     "bind_step",
+    "conv3x3",
+    "conv3x3_packed",
     "counter_normal",
+    "fingerprint",
     "group_norm_silu",
     "group_norm_silu_concat",
+    "pack_conv3x3",
     "philox4x32_10",
     "posterior_step",
     "posterior_step_",

@@ -45,26 +45,28 @@ def describe(x: Tensor) -> str:
 
 def as_table(table: Table, x: Tensor, columns: tuple[int, ...]) -> Tensor:
     """A table as a tensor on x's device, in the dtype that x is computed in."""
-    dtype = compute_dtype(x.dtype)
+    dtype, device = compute_dtype(x.dtype), x.device
     if not isinstance(table, Tensor):
         if not hasattr(table, "tensor"):
             raise TypeError(f"table must be a Tensor, a Schedule or a StepTable, got {type(table).__name__}")
-        table = table.tensor(x.device, dtype)
-    if table.dim() != 2 or table.shape[1] not in columns:
+        table = table.tensor(device, dtype)
+    shape = table.shape
+    if len(shape) != 2 or shape[1] not in columns:
         allowed = " or ".join(map(str, columns))
-        raise ValueError(f"table must have shape (rows, {allowed}), got {tuple(table.shape)}")
-    if table.dtype != dtype or table.device != x.device:
-        raise ValueError(f"table must be {dtype} on {x.device} for such an x, got {describe(table)}")
+        raise ValueError(f"table must have shape (rows, {allowed}), got {tuple(shape)}")
+    if table.dtype != dtype or table.device != device:
+        raise ValueError(f"table must be {dtype} on {device} for such an x, got {describe(table)}")
     return table
 
 
 def as_index(name: str, index: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """A 0-d or ``(B,)`` int64 tensor; whether it is in range, the kernel tells."""
-    if isinstance(index, Integral) and not isinstance(index, bool):
-        return torch.full((), int(index), dtype=torch.int64, device=device)
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        given = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name} must be an int or an int64 Tensor, got {given}")
+    if not isinstance(index, Tensor):  # asked first: whether it is an Integral takes ten times as long
+        if isinstance(index, Integral) and not isinstance(index, bool):
+            return torch.full((), int(index), dtype=torch.int64, device=device)
+        raise TypeError(f"{name} must be an int or an int64 Tensor, got {type(index).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int or an int64 Tensor, got {index.dtype}")
     if (index.dim() != 0 and index.shape != (batch,)) or index.device != device:
         raise ValueError(
             f"{name} must be 0-d or of shape ({batch},), one per sample, on {device}; got {describe(index)}"
@@ -74,7 +76,7 @@ def as_index(name: str, index: int | Tensor, batch: int, device: torch.device) -
 
 def as_seed(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """The 64-bit seed as a 0-d or ``(B,)`` int64 tensor; ints from 2**63 on wrap to the same 64 bits."""
-    if isinstance(seed, Integral) and not isinstance(seed, bool):
+    if not isinstance(seed, Tensor) and isinstance(seed, Integral) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, got {seed}")
         seed = int(seed) - 2**64 if seed >= 2**63 else seed
@@ -83,7 +85,8 @@ def as_seed(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
 
 def as_image_index(image_index: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """``(B,)`` int64; an int k stands for the images k, k + 1, ..."""
-    if isinstance(image_index, Integral) and not isinstance(image_index, bool):
+    is_tensor = isinstance(image_index, Tensor)
+    if not is_tensor and isinstance(image_index, Integral) and not isinstance(image_index, bool):
         if image_index < 0:
             raise ValueError(f"image_index must be at least 0, got {image_index}")
         return torch.arange(int(image_index), int(image_index) + batch, device=device)

@@ -27,6 +27,8 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
     ("posterior_step", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("group_norm_silu", "native", "cpu"): _HALVES_AND_FLOAT,
     ("counter_normal", "native", "cpu"): frozenset({torch.float32}),
+    ("conv3x3", "native", "cpu"): frozenset({torch.float32}),
+    ("fingerprint", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("q_sample", "native", "cuda"): _HALVES_AND_FLOAT,
     ("posterior_step", "native", "cuda"): _HALVES_AND_FLOAT,
     ("group_norm_silu", "native", "cuda"): _HALVES_AND_FLOAT,
@@ -76,6 +78,9 @@ TRITON_INSTALLED: bool = find_spec("triton") is not None
 FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
+_OVERLOADS: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
 def define(
     op: str,
     schema: str,
@@ -89,28 +94,41 @@ def define(
 
     `op` runs the compiled kernel of the device, and the plain-PyTorch one where there is none; `op_triton`
     the launcher of the same name in `_triton/file.py`. `autograd` gives (backward, setup_context) by the
-    suffix of the name.
+    suffix of the name; an op that has it is also registered without, as `op_forward`, for calls that need no
+    gradient: autograd of an op from Python takes 4 us even then.
     """
 
     def triton(*args: Any) -> Any:
         return getattr(import_module(f"._triton.{file}", __package__), op)(*args)
 
-    for suffix, kernel in (("", reference), ("_triton", triton)):
+    kernels = {"": ("native", reference), "_triton": ("triton", triton)}
+    if autograd is not None:
+        kernels["_forward"] = ("forward", reference)
+    for suffix, (backend, kernel) in kernels.items():
         name = op + suffix
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=LIBRARY)
-        if autograd is not None:
+        if autograd is not None and backend != "forward":
             backward, setup = autograd(suffix)
             torch.library.register_autograd(f"ddpm_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
+        _OVERLOADS[op, backend] = getattr(torch.ops.ddpm_fast, name).default
 
 
 def implementation(op: str, backend: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """What a chosen backend calls: a registered op, or the reference itself, which autograd sees through."""
-    if backend == "reference":
-        return reference
-    packet = getattr(torch.ops.ddpm_fast, op if backend == "native" else f"{op}_triton")
-    return packet.default
+    return reference if backend == "reference" else _OVERLOADS[op, backend]
+
+
+def differentiable(op: str, backend: str, reference: Callable[..., Any], *given: Tensor | None):
+    """`implementation` of an op with an autograd, which is left out where none of `given` needs a gradient.
+
+    Only of the CPU's kernels is it left out: a tracer sees the op itself, and CUDA has no `op_forward`.
+    """
+    needed = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
+    if backend == "native" and not needed and given[0].is_cpu and not torch.compiler.is_compiling():
+        backend = "forward"
+    return implementation(op, backend, reference)
 
 
 def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -159,7 +177,7 @@ def choose(op: str, backend: str | None, x: Tensor) -> str:
     """
     named = backend if backend is not None else FORCED_BACKEND
     if named is None:
-        return FASTEST.get((op, x.device.type, x.dtype), "reference")
+        return FASTEST.get((op, "cpu" if x.is_cpu else x.device.type, x.dtype), "reference")
     if named not in BACKENDS:
         name = "DDPM_FAST_BACKEND" if backend is None else "backend"
         raise ValueError(f"{name}={named!r} is not known; allowed: {', '.join(BACKENDS)} or None")

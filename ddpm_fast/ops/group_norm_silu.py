@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import FLOATING, check_floating, describe
-from ._dispatch import choose, define, implementation
+from ._dispatch import choose, define, differentiable
 
 
 def group_norm_silu(
@@ -55,7 +55,8 @@ def group_norm_silu(
     """
     check_floating("x", x, 2)
     check_norm(x, x.shape[1], "x's", num_groups, weight, bias, eps, add, scale, shift, act)
-    run = implementation("group_norm_silu", choose("group_norm_silu", backend, x), _reference)
+    chosen = choose("group_norm_silu", backend, x)
+    run = differentiable("group_norm_silu", chosen, _reference, x, weight, bias, add, scale, shift)
     return run(x, num_groups, weight, bias, eps, add, scale, shift, act == "silu")
 
 
@@ -63,30 +64,30 @@ def check_norm(x, channels, whose, num_groups, weight, bias, eps, add, scale, sh
     """Refuse what does not fit a norm of x's samples over `channels`: those of x, or more than those."""
     if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups != 0:
         raise ValueError(f"num_groups must divide {whose} {channels} channels, got {num_groups}")
-    if 0 in x.shape:
-        raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
-    batch = x.shape[0]
+    shape, device = x.shape, x.device
+    if 0 in shape:
+        raise ValueError(f"x must not be empty, got shape {tuple(shape)}")
     if weight is not None:
-        _check_channels("weight", weight, (channels,), x)
+        _check_channels("weight", weight, (channels,), device)
     if bias is not None:
-        _check_channels("bias", bias, (channels,), x)
+        _check_channels("bias", bias, (channels,), device)
     if add is not None:
-        _check_channels("add", add, (batch, channels), x)
+        _check_channels("add", add, (shape[0], channels), device)
     if scale is not None:
-        _check_channels("scale", scale, (batch, channels), x)
+        _check_channels("scale", scale, (shape[0], channels), device)
     if shift is not None:
-        _check_channels("shift", shift, (batch, channels), x)
-    if act not in ("silu", "none"):
+        _check_channels("shift", shift, (shape[0], channels), device)
+    if act != "silu" and act != "none":
         raise ValueError(f"act={act!r} is not known; allowed: silu, none")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
 
 
-def _check_channels(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_channels(name: str, values: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(values, Tensor) or values.dtype not in FLOATING:
         check_floating(name, values, 1)
-    if values.shape != shape or values.device != x.device:
-        raise ValueError(f"{name} must have shape {shape} on {x.device}, got {describe(values)}")
+    if values.shape != shape or values.device != device:
+        raise ValueError(f"{name} must have shape {shape} on {device}, got {describe(values)}")
 
 
 def _reference(x, num_groups, weight, bias, eps, add, scale, shift, silu):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_floating, describe
-from ._dispatch import choose, define, implementation
+from ._dispatch import choose, define, differentiable
 from .group_norm_silu import check_norm
 
 
@@ -94,7 +94,9 @@ def group_norm_silu_concat(
     channels = from_x + from_skip
     check_norm(x, channels, "x and skip's", num_groups, weight, bias, eps, add, scale, shift, act)
     chosen = choose("group_norm_silu", backend, x)
-    run = implementation("group_norm_silu_concat", chosen, _reference)
+    run = differentiable(
+        "group_norm_silu_concat", chosen, _reference, x, skip, weight, bias, add, scale, shift
+    )
     y, both = run(x, skip, num_groups, weight, bias, eps, add, scale, shift, act == "silu", concat)
     return (y, both) if concat else y
 

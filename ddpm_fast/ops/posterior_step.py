@@ -175,17 +175,17 @@ def _arguments(x, out, table, i, noise, seed, image_index, x0_prev, clip):
 def _check_out(x: Tensor, out: Tensor, table: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a Tensor, got {type(out).__name__}")
-    if out.shape != x.shape or table.shape[1] == 9:
-        channels = x.shape[1]
-        doubled = out.shape == (x.shape[0], 2 * channels, *x.shape[2:])
-        if not doubled and out.shape != x.shape:
+    shape, learned = x.shape, table.shape[1] == 9
+    if learned or out.shape != shape:
+        doubled = out.shape == (shape[0], 2 * shape[1], *shape[2:])
+        if not doubled and out.shape != shape:
             raise ValueError(
-                f"out must have x's shape {tuple(x.shape)}, or twice its {channels} channels; "
+                f"out must have x's shape {tuple(shape)}, or twice its {shape[1]} channels; "
                 f"got {describe(out)}"
             )
-        if not doubled:
+        if learned and not doubled:
             raise ValueError(
-                f"a table with a learned range needs out with {2 * channels} channels, got {out.shape[1]}"
+                f"a table with a learned range needs out with {2 * shape[1]} channels, got {out.shape[1]}"
             )
     if out.dtype != x.dtype and not (x.dtype == torch.float32 and out.dtype in HALVES):
         raise TypeError(f"out must be {x.dtype} like x, or a half type beside a float32 x; got {out.dtype}")

@@ -16,7 +16,7 @@ from ._checks import (
     check_like,
     check_range,
 )
-from ._dispatch import choose, define, implementation
+from ._dispatch import choose, define, differentiable
 
 
 def q_sample(
@@ -49,7 +49,7 @@ def q_sample(
     check_like("noise", noise, x0, "x0")
     table = as_table(table, x0, (2,))
     t = as_index("t", t, x0.shape[0], x0.device)
-    run = implementation("q_sample", choose("q_sample", backend, x0), _reference)
+    run = differentiable("q_sample", choose("q_sample", backend, x0), _reference, x0, noise)
     return run(x0, noise, t, table)
 
 
@@ -86,7 +86,7 @@ def q_sample_counter(
     t = as_index("t", t, x0.shape[0], x0.device)
     seed = as_seed(seed, x0.shape[0], x0.device)
     image_index = as_image_index(image_index, x0.shape[0], x0.device)
-    run = implementation("q_sample_counter", choose("q_sample", backend, x0), _reference_counter)
+    run = differentiable("q_sample_counter", choose("q_sample", backend, x0), _reference_counter, x0)
     return run(x0, t, table, seed, image_index)
 
 

@@ -1,12 +1,17 @@
 // y = silu((1 + scale) (weight norm(x + add) + bias) + shift), statistics over a group's channels and pixels.
 //
-// Fused: the time embedding before, affine, FiLM and SiLU after. One read for the statistics (each block of
-// it twice, the second time from L1), one read and one write to apply. float32 arithmetic; the statistics of
-// a block are taken about the block's own mean and merged in float64, so that a large mean cancels nowhere.
+// Fused: the time embedding before, affine, FiLM and SiLU after. One read for the statistics, one read and
+// one write to apply. float32 arithmetic; the sums run about a pilot, the mean of the group's first eighth,
+// and are merged in float64. A large mean cancels nowhere: where the pilot is off the mean by d, the variance
+// is at least d^2 / 8, for an eighth of the elements are off by as much.
 //
 // x may be two tensors, its first channels in one and the rest in the other: [x, skip] without building it.
 // A group's statistics merge from wherever its channels lie. Built it is where asked for, from what was read.
 #pragma once
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "vec.h"
@@ -14,27 +19,21 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-constexpr int64_t kBlockFloats = 4096;  // 16 KB: a block stays in L1 between its two passes
+constexpr int64_t kBlockFloats = 4096;  // 16 KB: stays in L1; so many values are summed in float32
+constexpr int64_t kPilot = 8;           // the pilot is the mean of one in so many
 
-// Sums of values and of squares, about a shift that is the first block's mean.
-struct Moments {
-  double shift = 0, count = 0, sum = 0, squares = 0;
-
-  // n values whose sum and sum of squares about `center` are s1 and s2
-  void merge(double n, double center, double s1, double s2) {
-    if (count == 0) shift = center;
-    const double delta = center - shift;
-    count += n;
-    sum += s1 + n * delta;
-    squares += s2 + delta * (2 * s1 + n * delta);
+// Of each group, from its sums of differences from the pilot and of their squares: the mean, in place of the
+// sum, and the reciprocal of the standard deviation, in place of the squares.
+inline void statistics(
+    int64_t groups, int64_t elements, double eps, const float* pilots, double* sums, double* squares) {
+  const double n = static_cast<double>(elements);
+  for (int64_t g = 0; g < groups; ++g) {
+    double variance = (squares[g] - sums[g] * sums[g] / n) / n;
+    variance = variance < 0 ? 0 : variance;  // NaN stays
+    squares[g] = 1 / __builtin_sqrt(variance + eps);
+    sums[g] = pilots[g] + sums[g] / n;
   }
-
-  double mean() const { return shift + sum / count; }
-  double variance() const {
-    const double v = (squares - sum * sum / count) / count;
-    return v < 0 ? 0 : v;  // NaN stays
-  }
-};
+}
 
 // y = silu((x - center) gain + offset), by channel: the mean comes off first, as a float, and what that float
 // lacks of it is in the offset.
@@ -42,21 +41,27 @@ struct Folded {
   float *center, *gain, *offset;
 };
 
-// A group's statistics into its channels [0, channels), before the affine.
-inline void fold_statistics(double mean, double rstd, const float* add, int64_t channels, const Folded& to) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const double exact = mean - (add ? add[c] : 0.0f);
-    to.center[c] = static_cast<float>(exact);
-    to.offset[c] = static_cast<float>(to.center[c] - exact);
-    to.gain[c] = static_cast<float>(rstd);
+// n elements and up to a register more.
+inline void fill(float* to, int64_t n, float value) {
+  for (int64_t k = 0; k < n; k += kLanes) store(to + k, broadcast(value));
+}
+
+// x + rest less add, as a float and what that float lacks (Knuth 1969, section 4.2.2, theorem B).
+inline void subtract(float* x, float* rest, const float* add, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    const float difference = x[k] - add[k], back = difference - x[k];
+    rest[k] += (x[k] - (difference - back)) - (add[k] + back);
+    x[k] = difference;
   }
 }
 
-inline void fold_affine(const GroupNormArgs& args, int64_t from, int64_t channels, const Folded& to) {
+// The mean, what its float lacks, and the reciprocal deviation of each channel become its three numbers.
+inline void fold(const GroupNormArgs& args, int64_t from, int64_t channels, const Folded& to) {
+  if (args.add) subtract(to.center, to.offset, args.add + from, channels);
   if (args.weight) {
     for (int64_t c = 0; c < channels; ++c) to.gain[c] *= args.weight[from + c];
   }
-  for (int64_t c = 0; c < channels; ++c) to.offset[c] *= to.gain[c];
+  for (int64_t c = 0; c < channels; ++c) to.offset[c] *= -to.gain[c];
   if (args.bias) {
     for (int64_t c = 0; c < channels; ++c) to.offset[c] += args.bias[from + c];
   }
@@ -69,139 +74,255 @@ inline void fold_affine(const GroupNormArgs& args, int64_t from, int64_t channel
   if (args.shift) {
     for (int64_t c = 0; c < channels; ++c) to.offset[c] += args.shift[from + c];
   }
-}
-
-inline double reciprocal_root(double x) { return 1 / __builtin_sqrt(x); }
-
-template <bool kSilu>
-inline Float apply(Float x, Float center, Float gain, Float offset) {
-  const Float y = (x - center) * gain + offset;
-  if constexpr (kSilu) return silu(y);
-  return y;
-}
-
-// ---- channels last: rows of channels ----
-
-// Adds a block of rows to the moments of kTiles registers of channels (of the first `lanes` of one, if
-// partial): sums and sums of squares about `shift`, which the first block sets to its mean.
-template <int kTiles, bool kPartial, typename T>
-inline void block_moments(
-    const T* x, int64_t rows, int64_t stride, int64_t lanes, bool first, float* shift, double* sums,
-    double* squares) {
-  const auto value = [&](int64_t r, int k) {
-    const T* at = x + r * stride + k * kLanes;
-    if constexpr (kPartial) return load(at, lanes);
-    return load(at);
-  };
-  Float total[kTiles] = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int k = 0; k < kTiles; ++k) total[k] += value(r, k);
-  }
-  Float center[kTiles], s1[kTiles] = {}, s2[kTiles] = {};
-  for (int k = 0; k < kTiles; ++k) center[k] = total[k] * (1.0f / static_cast<float>(rows));
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int k = 0; k < kTiles; ++k) {
-      const Float d = value(r, k) - center[k];
-      s1[k] += d;
-      s2[k] += d * d;
-    }
-  }
-  float centers[kTiles * kLanes], s1s[kTiles * kLanes], s2s[kTiles * kLanes];
-  for (int k = 0; k < kTiles; ++k) {
-    store(centers + k * kLanes, center[k]);
-    store(s1s + k * kLanes, s1[k]);
-    store(s2s + k * kLanes, s2[k]);
-  }
-  const double n = static_cast<double>(rows);
-  for (int c = 0; c < kTiles * kLanes; ++c) {
-    if (first) shift[c] = centers[c], sums[c] = 0, squares[c] = 0;
-    const double delta = static_cast<double>(centers[c]) - shift[c];
-    sums[c] += s1s[c] + n * delta;
-    squares[c] += s2s[c] + delta * (2.0 * s1s[c] + n * delta);
-  }
-}
-
-// Sums, and sums of squares about `shift`, of each of a source's channels.
-template <typename T>
-inline void channel_moments(
-    const GroupNormSource& source, int64_t pixels, float* shift, double* sums, double* squares) {
-  const int64_t channels = source.channels, stride = source.stride;
-  if (channels == 0) return;
-  constexpr int kTiles = 4;
-  const int64_t block = kBlockFloats / channels < 8 ? 8 : kBlockFloats / channels;
-  for (int64_t r = 0; r < pixels; r += block) {
-    const int64_t rows = pixels - r < block ? pixels - r : block;
-    const T* from = static_cast<const T*>(source.data) + r * stride;
-    int64_t c = 0;
-    for (; c + kTiles * kLanes <= channels; c += kTiles * kLanes) {
-      block_moments<kTiles, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
-    }
-    for (; c + kLanes <= channels; c += kLanes) {
-      block_moments<1, false>(from + c, rows, stride, 0, r == 0, shift + c, sums + c, squares + c);
-    }
-    if (c < channels) {
-      block_moments<1, true>(from + c, rows, stride, channels - c, r == 0, shift + c, sums + c, squares + c);
+  for (float* values : {to.center, to.gain, to.offset}) {  // one NaN, which store_pair keeps
+    for (int64_t c = 0; c < channels; ++c) {
+      if (values[c] != values[c]) values[c] = std::numeric_limits<float>::quiet_NaN();
     }
   }
 }
 
 template <bool kSilu, typename T>
-inline void apply_rows(
-    const GroupNormSource& source, T* y, T* concat, int64_t pixels, int64_t stride, const float* center,
-    const float* gain, const float* offset) {
-  const int64_t channels = source.channels;
-  const T* x = static_cast<const T*>(source.data);
-  for (int64_t r = 0; r < pixels; ++r, x += source.stride, y += stride) {
-    if (concat) std::memcpy(concat + r * stride, x, channels * sizeof(T));
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      store(y + c, apply<kSilu>(load(x + c), load(center + c), load(gain + c), load(offset + c)));
+inline Float apply(Float x, Float center, Float gain, Float offset) {
+  const Float y = (x - center) * gain + offset;
+  if constexpr (!kSilu) return y;
+  if constexpr (std::is_same_v<T, BFloat16>) return silu_to_bfloat16(y);
+  return silu(y);
+}
+
+constexpr int64_t kPairLanes = 2 * kLanes;
+
+// ---- channels last: rows of channels ----
+
+template <typename T>
+inline Pair load_pair(const T* from, int64_t n) {
+  T buffer[kPairLanes] = {};
+  std::memcpy(buffer, from, n * sizeof(T));
+  return load_pair(buffer);
+}
+
+template <typename T>
+inline void store_pair(T* to, Pair from, int64_t n) {
+  T buffer[kPairLanes];
+  store_pair(buffer, from);
+  std::memcpy(to, buffer, n * sizeof(T));
+}
+
+// run(channel, pairs, partial) over tiles of channels: two pairs, one pair, or what is left, a partial one;
+// the latter two arguments are constants, by their types.
+template <typename F>
+inline void for_tiles(int64_t channels, const F& run) {
+  using std::integral_constant;
+  int64_t c = 0;
+  for (; c + 2 * kPairLanes <= channels; c += 2 * kPairLanes) {
+    run(c, integral_constant<int, 2>(), integral_constant<bool, false>());
+  }
+  for (; c + kPairLanes <= channels; c += kPairLanes) {
+    run(c, integral_constant<int, 1>(), integral_constant<bool, false>());
+  }
+  if (c < channels) run(c, integral_constant<int, 1>(), integral_constant<bool, true>());
+}
+
+// Sums of some rows by channel, each where a pair holds it: its slot. The tile is kPairs pairs wide, a
+// partial one `lanes` channels.
+template <int kPairs, bool kPartial, typename T>
+inline void column_sums(const T* x, int64_t rows, int64_t stride, int64_t lanes, float* sums) {
+  Float total[2 * kPairs] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kPairs; ++k) {
+      const T* at = x + r * stride + k * kPairLanes;
+      const Pair v = kPartial ? load_pair(at, lanes) : load_pair(at);
+      total[2 * k] += v.a, total[2 * k + 1] += v.b;
     }
-    if (c < channels) {
-      const int64_t n = channels - c;
-      store(y + c, apply<kSilu>(load(x + c, n), load(center + c), load(gain + c), load(offset + c)), n);
+  }
+  for (int k = 0; k < 2 * kPairs; ++k) store(sums + k * kLanes, total[k]);
+}
+
+constexpr int64_t kBlockRows = 64;  // so many values are summed in float32
+
+// Adds some rows' sums of differences from `center`, and of their squares.
+template <int kPairs, bool kPartial, typename T>
+inline void column_deviations(
+    const T* x, int64_t rows, int64_t stride, int64_t lanes, const float* center, bool first, double* sums,
+    double* squares) {
+  constexpr int kRegisters = 2 * kPairs;
+  Float c[kRegisters], s1[kRegisters] = {}, s2[kRegisters] = {};
+  for (int k = 0; k < kRegisters; ++k) c[k] = load(center + k * kLanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kPairs; ++k) {
+      const T* at = x + r * stride + k * kPairLanes;
+      const Pair v = kPartial ? load_pair(at, lanes) : load_pair(at);
+      const Float a = v.a - c[2 * k], b = v.b - c[2 * k + 1];
+      s1[2 * k] += a, s1[2 * k + 1] += b;
+      s2[2 * k] += a * a, s2[2 * k + 1] += b * b;
     }
+  }
+  float s1s[kRegisters * kLanes], s2s[kRegisters * kLanes];
+  for (int k = 0; k < kRegisters; ++k) store(s1s + k * kLanes, s1[k]), store(s2s + k * kLanes, s2[k]);
+  if (first) {
+    for (int k = 0; k < kRegisters * kLanes; ++k) sums[k] = s1s[k], squares[k] = s2s[k];
+  } else {
+    for (int k = 0; k < kRegisters * kLanes; ++k) sums[k] += s1s[k], squares[k] += s2s[k];
   }
 }
 
-// The scratch's arrays are padded by the caller. A source's last register may reach past its channels: into
-// the next source's, whose own numbers come afterwards, or into the padding.
+template <bool kSilu, typename T>
+inline void apply_rows(
+    const GroupNormSource& source, T* y, T* concat, int64_t pixels, int64_t stride, const Folded& by) {
+  const int64_t channels = source.channels;
+  for (int64_t r = 0; r < pixels; ++r) {
+    const T* x = static_cast<const T*>(source.data) + r * source.stride;
+    T* to = y + r * stride;
+    if (concat) std::memcpy(concat + r * stride, x, channels * sizeof(T));
+    for_tiles(channels, [&](int64_t c, auto pairs, auto partial) {
+      Pair v[pairs];
+      for (int k = 0; k < pairs; ++k) {
+        const int64_t at = c + k * kPairLanes;
+        v[k] = partial ? load_pair(x + at, channels - at) : load_pair(x + at);
+      }
+      for (int k = 0; k < pairs; ++k) {
+        const int64_t at = c + k * kPairLanes, next = at + kLanes;
+        v[k].a = apply<kSilu, T>(v[k].a, load(by.center + at), load(by.gain + at), load(by.offset + at));
+        v[k].b =
+            apply<kSilu, T>(v[k].b, load(by.center + next), load(by.gain + next), load(by.offset + next));
+      }
+      for (int k = 0; k < pairs; ++k) {
+        const int64_t at = c + k * kPairLanes;
+        if (partial) {
+          store_pair(to + at, v[k], channels - at);
+        } else {
+          store_pair(to + at, v[k]);
+        }
+      }
+    });
+  }
+}
+
+// Numbers by channel to numbers by slot, and back.
+template <typename T>
+inline void to_slots(const float* from, int64_t channels, float* to) {
+  for (int64_t c = 0; c < channels; c += kPairLanes) {
+    float pair[kPairLanes];
+    std::memcpy(pair, from + c, sizeof(pair));
+    for (int k = 0; k < kPairLanes; ++k) to[c + k] = pair[element_at<T>(k)];
+  }
+}
+
+template <typename T, typename Number>
+inline void from_slots(const Number* from, int64_t channels, Number* to) {
+  for (int64_t c = 0; c < channels; c += kPairLanes) {
+    Number pair[kPairLanes];
+    std::memcpy(pair, from + c, sizeof(pair));
+    for (int k = 0; k < kPairLanes; ++k) to[c + k] = pair[slot_of<T>(k)];
+  }
+}
+
+template <typename Number>
+inline double sum_of_group(const Number* values, int64_t n) {
+  double total[4] = {};
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) {
+    for (int j = 0; j < 4; ++j) total[j] += values[k + j];
+  }
+  for (; k < n; ++k) total[0] += values[k];
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
 template <typename T>
 void group_norm_nhwc(
     const GroupNormSources& sources, T* y, T* concat, int64_t pixels, int64_t stride, int64_t channels,
     int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
-  const int64_t padded = padded_channels(channels);
+  const int64_t padded = padded_channels(channels), split = sources.of[0].channels;
+  const int64_t groups = channels / channels_per_group;
+  // Each source's slots fill whole pairs. Where they are the channels in order, the two share their memory.
+  const auto whole = [](int64_t count) { return (count + kPairLanes - 1) / kPairLanes * kPairLanes; };
+  const int64_t base[2] = {0, whole(split)};
+  const bool in_order = !std::is_same_v<T, BFloat16> && (split == channels || split == base[1]);
   double* sums = reinterpret_cast<double*>(scratch);
   double* squares = sums + padded;
-  float* shift = scratch + 4 * padded;
-  float *center = shift + padded, *gain = center + padded, *offset = gain + padded;
+  float* pilots = scratch + 4 * padded;
+  const Folded folded = {pilots + padded, pilots + 2 * padded, pilots + 3 * padded};
+  const Folded apart = {pilots + 4 * padded, pilots + 5 * padded, pilots + 6 * padded};
+  const Folded slots = in_order ? folded : apart;
+  const auto place = [&](const float* from, float* to) {
+    if (in_order) return;
+    to_slots<T>(from, split, to);
+    to_slots<T>(from + split, channels - split, to + base[1]);
+  };
+  const auto take = [&](auto* from, auto* to) {
+    if (in_order) return;
+    from_slots<T>(from, split, to);
+    from_slots<T>(from + base[1], channels - split, to + split);
+  };
 
-  int64_t at = 0;
-  for (const GroupNormSource& source : sources.of) {
-    channel_moments<T>(source, pixels, shift + at, sums + at, squares + at);
-    at += source.channels;
+  const int64_t pilot_rows = (pixels + kPilot - 1) / kPilot;
+  for (int s = 0; s < 2; ++s) {
+    const GroupNormSource& source = sources.of[s];
+    for_tiles(source.channels, [&](int64_t c, auto pairs, auto partial) {
+      column_sums<pairs, partial>(
+          static_cast<const T*>(source.data) + c, pilot_rows, source.stride, source.channels - c,
+          slots.gain + base[s] + c);
+    });
   }
+  take(slots.gain, folded.gain);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = g * channels_per_group;
+    double mean = sum_of_group(folded.gain + first, channels_per_group) / static_cast<double>(pilot_rows);
+    if (args.add) mean += sum_of_group(args.add + first, channels_per_group);
+    pilots[g] = static_cast<float>(mean / static_cast<double>(channels_per_group));
+    fill(folded.center + first, channels_per_group, pilots[g]);
+  }
+  if (args.add) {
+    fill(folded.offset, channels, 0);
+    subtract(folded.center, folded.offset, args.add, channels);
+    place(folded.offset, slots.offset);
+  }
+  place(folded.center, slots.center);
 
-  for (int64_t first = 0; first < channels; first += channels_per_group) {
-    Moments group;
-    for (int64_t c = first; c < first + channels_per_group; ++c) {
-      const double add = args.add ? args.add[c] : 0;
-      group.merge(static_cast<double>(pixels), shift[c] + add, sums[c], squares[c]);
+  for (int64_t row = 0; row < pixels; row += kBlockRows) {
+    for (int s = 0; s < 2; ++s) {
+      const GroupNormSource& source = sources.of[s];
+      const T* from = static_cast<const T*>(source.data) + row * source.stride;
+      for_tiles(source.channels, [&](int64_t c, auto pairs, auto partial) {
+        const int64_t k = base[s] + c;
+        column_deviations<pairs, partial>(
+            from + c, std::min(pixels - row, kBlockRows), source.stride, source.channels - c,
+            slots.center + k, row == 0, sums + k, squares + k);
+      });
     }
-    const double mean = group.mean(), rstd = reciprocal_root(group.variance() + args.eps);
-    const float* add = args.add ? args.add + first : nullptr;
-    fold_statistics(mean, rstd, add, channels_per_group, {center + first, gain + first, offset + first});
   }
-  fold_affine(args, 0, channels, {center, gain, offset});
-  at = 0;
-  for (const GroupNormSource& source : sources.of) {
-    T* const copy = concat ? concat + at : nullptr;
+  if (args.add) {  // what a center lacks of its pilot
+    const double n = static_cast<double>(pixels);
+    for (int64_t k = 0; k < base[1] + whole(channels - split); ++k) {
+      const double rest = slots.offset[k];
+      squares[k] -= rest * (2 * sums[k] - n * rest);
+      sums[k] -= n * rest;
+    }
+  }
+  take(sums, sums), take(squares, squares);
+  for (int64_t g = 0; g < groups; ++g) {
+    sums[g] = sum_of_group(sums + g * channels_per_group, channels_per_group);
+    squares[g] = sum_of_group(squares + g * channels_per_group, channels_per_group);
+  }
+  statistics(groups, pixels * channels_per_group, args.eps, pilots, sums, squares);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = g * channels_per_group;
+    const float center = static_cast<float>(sums[g]);
+    fill(folded.center + first, channels_per_group, center);
+    fill(folded.offset + first, channels_per_group, static_cast<float>(sums[g] - center));
+    fill(folded.gain + first, channels_per_group, static_cast<float>(squares[g]));
+  }
+  fold(args, 0, channels, folded);
+  place(folded.center, slots.center), place(folded.gain, slots.gain), place(folded.offset, slots.offset);
+  for (int s = 0; s < 2; ++s) {
+    const GroupNormSource& source = sources.of[s];
+    const Folded by = {slots.center + base[s], slots.gain + base[s], slots.offset + base[s]};
+    const int64_t c = s == 0 ? 0 : split;
+    T* const copy = concat ? concat + c : nullptr;
     if (args.silu) {
-      apply_rows<true>(source, y + at, copy, pixels, stride, center + at, gain + at, offset + at);
+      apply_rows<true>(source, y + c, copy, pixels, stride, by);
     } else {
-      apply_rows<false>(source, y + at, copy, pixels, stride, center + at, gain + at, offset + at);
+      apply_rows<false>(source, y + c, copy, pixels, stride, by);
     }
-    at += source.channels;
   }
 }
 
@@ -211,85 +332,204 @@ template <typename T>
 inline float sum_of(const T* x, int64_t n) {
   Float total[4] = {};
   int64_t k = 0;
-  for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) total[j] += load(x + k + j * kLanes);
+  for (; k + 2 * kPairLanes <= n; k += 2 * kPairLanes) {
+    const Pair first = load_pair(x + k), second = load_pair(x + k + kPairLanes);
+    total[0] += first.a, total[1] += first.b;
+    total[2] += second.a, total[3] += second.b;
   }
   for (; k + kLanes <= n; k += kLanes) total[0] += load(x + k);
   if (k < n) total[1] += load(x + k, n - k);
   return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Adds n values, each plus `add`, to the group's moments.
-template <typename T>
-inline void add_moments(const T* x, int64_t n, double add, Moments& group) {
-  const float mean = sum_of(x, n) / static_cast<float>(n);
-  const Float center = broadcast(mean);
-  Float s1[4] = {}, s2[4] = {};
+// Sums of differences from a pilot, and of their squares.
+struct Deviations {
+  Float sums = {}, squares = {};
+
+  void take(Float d) {
+    sums += d;
+    squares += d * d;
+  }
+};
+
+// Takes n values. Their pilot is center + rest; one float may not hold it.
+template <bool kRest, typename T>
+inline void take_span(const T* x, int64_t n, float center, float rest, Deviations& group) {
+  const Float c = broadcast(center), e = broadcast(rest);
+  const auto deviation = [&](Float v) {
+    if constexpr (kRest) return (v - c) - e;
+    return v - c;
+  };
   int64_t k = 0;
-  for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      const Float d = load(x + k + j * kLanes) - center;
-      s1[j] += d;
-      s2[j] += d * d;
+  if (n >= 2 * kPairLanes) {
+    Deviations lanes[4];
+    for (; k + 2 * kPairLanes <= n; k += 2 * kPairLanes) {
+      const Pair first = load_pair(x + k), second = load_pair(x + k + kPairLanes);
+      lanes[0].take(deviation(first.a)), lanes[1].take(deviation(first.b));
+      lanes[2].take(deviation(second.a)), lanes[3].take(deviation(second.b));
     }
+    group.sums += (lanes[0].sums + lanes[1].sums) + (lanes[2].sums + lanes[3].sums);
+    group.squares += (lanes[0].squares + lanes[1].squares) + (lanes[2].squares + lanes[3].squares);
   }
-  for (; k < n; k += kLanes) {
-    const Float d = k + kLanes <= n ? load(x + k) - center : keep(load(x + k, n - k) - center, n - k);
-    s1[0] += d;
-    s2[0] += d * d;
-  }
-  group.merge(
-      static_cast<double>(n), mean + add, sum((s1[0] + s1[1]) + (s1[2] + s1[3])),
-      sum((s2[0] + s2[1]) + (s2[2] + s2[3])));
+  for (; k + kLanes <= n; k += kLanes) group.take(deviation(load(x + k)));
+  if (k < n) group.take(keep(deviation(load(x + k, n - k)), n - k));
 }
 
+// Meanwhile what lies `ahead` elements further, the next groups, is fetched into the second cache.
 template <bool kSilu, typename T>
-inline void apply_span(const T* x, T* y, int64_t n, float center, float gain, float offset) {
+inline void apply_span(const T* x, T* y, int64_t n, float center, float gain, float offset, int64_t ahead) {
   const Float m = broadcast(center), g = broadcast(gain), b = broadcast(offset);
   int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) store(y + k, apply<kSilu>(load(x + k), m, g, b));
-  if (k < n) store(y + k, apply<kSilu>(load(x + k, n - k), m, g, b), n - k);
+  for (; k + 2 * kPairLanes <= n; k += 2 * kPairLanes) {
+    const uintptr_t next = reinterpret_cast<uintptr_t>(x + k) + ahead * sizeof(T);  // perhaps past the end
+    for (size_t line = 0; line < 2 * kPairLanes * sizeof(T); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next + line), /*write=*/0, /*locality=*/2);
+    }
+    Pair v[2] = {load_pair(x + k), load_pair(x + k + kPairLanes)};
+    for (Pair& p : v) p = {apply<kSilu, T>(p.a, m, g, b), apply<kSilu, T>(p.b, m, g, b)};
+    store_pair(y + k, v[0]), store_pair(y + k + kPairLanes, v[1]);
+  }
+  for (; k + kLanes <= n; k += kLanes) store(y + k, apply<kSilu, T>(load(x + k), m, g, b));
+  if (k < n) store(y + k, apply<kSilu, T>(load(x + k, n - k), m, g, b), n - k);
+}
+
+// Channels of up to two sources, one after another.
+template <typename T>
+struct Channels {
+  const T *first, *second;
+  int64_t split, pixels;
+
+  const T* operator[](int64_t c) const {
+    return c < split ? first + c * pixels : second + (c - split) * pixels;
+  }
+};
+
+// Channels [from, to), by numbers that start at `from`'s. Of channels of a register or two (4 x 4 pixels),
+// several are worked on together.
+template <bool kSilu, typename T>
+inline void apply_channels(
+    const Channels<T>& x, T* y, int64_t from, int64_t to, const Folded& by, int64_t ahead) {
+  const int64_t first = from;
+  const auto together = [&](auto registers) {
+    constexpr int kAtOnce = 4 / registers;
+    for (; from + kAtOnce <= to; from += kAtOnce) {
+      Float v[4];
+      for (int k = 0; k < 4; ++k) v[k] = load(x[from + k / registers] + k % registers * kLanes);
+      for (int k = 0; k < 4; ++k) {
+        const int64_t c = from + k / registers - first;
+        v[k] = apply<kSilu, T>(v[k], broadcast(by.center[c]), broadcast(by.gain[c]), broadcast(by.offset[c]));
+      }
+      for (int k = 0; k < 4; ++k) store(y + from * x.pixels + k * kLanes, v[k]);
+    }
+  };
+  if (x.pixels == kLanes) together(std::integral_constant<int, 1>());
+  if (x.pixels == 2 * kLanes) together(std::integral_constant<int, 2>());
+  for (; from < to; ++from) {
+    const int64_t c = from - first;
+    apply_span<kSilu>(x[from], y + from * x.pixels, x.pixels, by.center[c], by.gain[c], by.offset[c], ahead);
+  }
+}
+
+// f(data, elements, add) over the stretches of channels [from, to) that lie together and share one `add`.
+template <typename T, typename F>
+inline void for_stretches(const Channels<T>& x, const float* add, int64_t from, int64_t to, const F& f) {
+  while (from < to) {
+    const int64_t end = add ? from + 1 : (from < x.split ? std::min(to, x.split) : to);
+    f(x[from], (end - from) * x.pixels, add ? static_cast<double>(add[from]) : 0.0);
+    from = end;
+  }
 }
 
 template <typename T>
-void group_norm_nchw(
-    const GroupNormSources& sources, T* y, T* concat, int64_t pixels, const GroupNormArgs& args) {
-  Moments group;
-  int64_t channel = 0;
-  for (const GroupNormSource& source : sources.of) {
-    const T* x = static_cast<const T*>(source.data);
-    const int64_t spans =
-        args.add == nullptr ? 1 : source.channels;  // one sum runs over what shares one `add`
-    const int64_t length = args.add == nullptr ? pixels * source.channels : pixels;
-    for (int64_t span = 0; span < spans; ++span) {
-      const double add = args.add == nullptr ? 0 : args.add[channel + span];
-      for (int64_t begin = 0; begin < length; begin += kBlockFloats) {
-        const int64_t n = length - begin < kBlockFloats ? length - begin : kBlockFloats;
-        add_moments(x + span * length + begin, n, add, group);
+inline float pilot_of(const Channels<T>& x, const float* add, int64_t from, int64_t to) {
+  const int64_t wanted = ((to - from) * x.pixels + kPilot - 1) / kPilot;
+  double total = 0;
+  int64_t seen = 0;
+  for_stretches(x, add, from, to, [&](const T* data, int64_t length, double plus) {
+    const int64_t some = std::min(length, wanted - seen);
+    if (some <= 0) return;
+    total += sum_of(data, some) + static_cast<double>(some) * plus;
+    seen += some;
+  });
+  return static_cast<float>(total / static_cast<double>(seen));
+}
+
+template <typename T>
+inline void deviations_of(
+    const Channels<T>& x, const float* add, int64_t from, int64_t to, float pilot, double& sums,
+    double& squares) {
+  sums = squares = 0;
+  Deviations block;
+  int64_t room = kBlockFloats;
+  const auto flush = [&] {
+    sums += sum(block.sums);
+    squares += sum(block.squares);
+    block = {}, room = kBlockFloats;
+  };
+  for_stretches(x, add, from, to, [&](const T* data, int64_t length, double plus) {
+    const double exact = pilot - plus;
+    const float center = static_cast<float>(exact), rest = static_cast<float>(exact - center);
+    while (length > 0) {
+      if (room == 0) flush();
+      const int64_t some = std::min(length, room);
+      if (add) {
+        take_span<true>(data, some, center, rest, block);
+      } else {
+        take_span<false>(data, some, center, 0, block);
       }
+      data += some, length -= some, room -= some;
     }
-    channel += source.channels;
-  }
-  const double mean = group.mean(), rstd = reciprocal_root(group.variance() + args.eps);
-  constexpr int64_t kChannels = 64;
-  float center[kChannels], gain[kChannels], offset[kChannels];
-  const Folded folded{center, gain, offset};
-  channel = 0;
-  for (const GroupNormSource& source : sources.of) {
-    const T* x = static_cast<const T*>(source.data);
-    for (int64_t from = 0; from < source.channels; from += kChannels) {
-      const int64_t count = source.channels - from < kChannels ? source.channels - from : kChannels;
-      fold_statistics(mean, rstd, args.add ? args.add + channel : nullptr, count, folded);
-      fold_affine(args, channel, count, folded);
-      for (int64_t c = 0; c < count; ++c, x += pixels, y += pixels) {
-        if (args.silu) {
-          apply_span<true>(x, y, pixels, center[c], gain[c], offset[c]);
-        } else {
-          apply_span<false>(x, y, pixels, center[c], gain[c], offset[c]);
-        }
-        if (concat) std::memcpy(concat + (channel + c) * pixels, x, pixels * sizeof(T));
+  });
+  flush();
+}
+
+// So many groups at a time that they are still in L1 when they are applied.
+template <typename T>
+void group_norm_nchw(
+    const GroupNormSources& sources, T* y, T* concat, int64_t pixels, int64_t channels_per_group,
+    int64_t groups, const GroupNormArgs& args) {
+  const Channels<T> x = {
+      static_cast<const T*>(sources.of[0].data), static_cast<const T*>(sources.of[1].data),
+      sources.of[0].channels, pixels};
+  constexpr int64_t kGroups = 16, kChannels = 64;
+  const int64_t at_once = std::clamp<int64_t>(kBlockFloats / (channels_per_group * pixels), 1, kGroups);
+  for (int64_t first = 0; first < groups; first += at_once) {
+    const int64_t count = std::min(at_once, groups - first);
+    const int64_t begin = first * channels_per_group, end = begin + count * channels_per_group;
+    // Loops of independent groups: what one waits for, another computes.
+    float pilots[kGroups];
+    double sums[kGroups], squares[kGroups];
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t from = begin + g * channels_per_group;
+      pilots[g] = pilot_of(x, args.add, from, from + channels_per_group);
+    }
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t from = begin + g * channels_per_group;
+      deviations_of(x, args.add, from, from + channels_per_group, pilots[g], sums[g], squares[g]);
+    }
+    statistics(count, channels_per_group * pixels, args.eps, pilots, sums, squares);
+    for (int64_t from = begin; from < end; from += kChannels) {
+      const int64_t to = std::min(from + kChannels, end);
+      constexpr int64_t kRoom = kChannels + kLanes;
+      float center[kRoom], gain[kRoom], offset[kRoom];
+      for (int64_t c = from; c < to;) {
+        const int64_t g = (c - begin) / channels_per_group;
+        const int64_t next = std::min(to, begin + (g + 1) * channels_per_group), k = c - from;
+        const float mean = static_cast<float>(sums[g]);
+        fill(center + k, next - c, mean);
+        fill(offset + k, next - c, static_cast<float>(sums[g] - mean));
+        fill(gain + k, next - c, static_cast<float>(squares[g]));
+        c = next;
       }
-      channel += count;
+      fold(args, from, to - from, {center, gain, offset});
+      if (args.silu) {
+        apply_channels<true>(x, y, from, to, {center, gain, offset}, (end - begin) * pixels);
+      } else {
+        apply_channels<false>(x, y, from, to, {center, gain, offset}, (end - begin) * pixels);
+      }
+      for (int64_t c = from; concat && c < to; ++c) {
+        std::memcpy(concat + c * pixels, x[c], pixels * sizeof(T));
+      }
     }
   }
 }

@@ -2,7 +2,7 @@
 //
 //   u = (r + 0.5) 2^-32;  z0, z1 = sqrt(-2 ln u0) (cos, sin)(2 pi u1);  z2, z3 from u2, u3
 //
-// Writes 4 bytes an element and reads none; a register holds kLanes consecutive counters.
+// Writes 4 bytes an element and reads none; a register holds the counters of kLanes quads of elements.
 #pragma once
 
 #include "../../philox.h"
@@ -21,28 +21,51 @@ inline void box_muller(UInt r0, UInt r1, Float& z0, Float& z1) {
   z1 = radius * sine;
 }
 
-void normal(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, float* out, int64_t n) {
-  UInt lane{};
-  for (int k = 0; k < kLanes; ++k) lane[k] = static_cast<uint32_t>(k);
-  for (int64_t done = 0; done < n; done += 4 * kLanes) {
-    const uint32_t quad = static_cast<uint32_t>((begin + done) / 4);
-    UInt c[4] = {
-        lane + quad, UInt{} + stream_step, UInt{} + static_cast<uint32_t>(image),
-        UInt{} + static_cast<uint32_t>(image >> 32)};
-    philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), VectorMulHiLo{});
-    Float z[4];
-    box_muller(c[0], c[1], z[0], z[1]);
-    box_muller(c[2], c[3], z[2], z[3]);
+// Two registers at a time: each of Philox's ten rounds waits for the one before, and the other register's
+// fill the wait.
+struct Two {
+  UInt of[2];
+};
 
-    float lanes[4][kLanes];
-    for (int k = 0; k < 4; ++k) store(lanes[k], z[k]);
-    float block[4 * kLanes];
-    const int64_t count = n - done < 4 * kLanes ? n - done : 4 * kLanes;
-    float* to = count == 4 * kLanes ? out + done : block;
-    for (int l = 0; l < kLanes; ++l) {
-      for (int k = 0; k < 4; ++k) to[4 * l + k] = lanes[k][l];
+inline Two operator^(const Two& x, const Two& y) { return {x.of[0] ^ y.of[0], x.of[1] ^ y.of[1]}; }
+inline Two operator^(const Two& x, uint32_t y) { return {x.of[0] ^ y, x.of[1] ^ y}; }
+
+struct TwoMulHiLo {
+  void operator()(uint32_t a, const Two& b, Two& hi, Two& lo) const {
+    for (int k = 0; k < 2; ++k) VectorMulHiLo{}(a, b.of[k], hi.of[k], lo.of[k]);
+  }
+};
+
+constexpr int64_t kDrawn = 8 * kLanes;  // normals at a time: four of a quad in each lane
+
+inline void draw(uint64_t seed, uint32_t stream_step, uint64_t image, uint32_t quad, float* out) {
+  const auto all = [](uint32_t value) { return Two{{UInt{} + value, UInt{} + value}}; };
+  UInt quads;
+  for (int lane = 0; lane < kLanes; ++lane) quads[lane] = quad + quad_of(lane);
+  Two c[4] = {
+      {{quads, quads + kLanes}},
+      all(stream_step),
+      all(static_cast<uint32_t>(image)),
+      all(static_cast<uint32_t>(image >> 32))};
+  philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), TwoMulHiLo{});
+  for (int k = 0; k < 2; ++k) {
+    Float z[4];
+    box_muller(c[0].of[k], c[1].of[k], z[0], z[1]);
+    box_muller(c[2].of[k], c[3].of[k], z[2], z[3]);
+    store_quads(out + k * (kDrawn / 2), z);
+  }
+}
+
+void normal(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, float* out, int64_t n) {
+  for (int64_t done = 0; done < n; done += kDrawn) {
+    const uint32_t quad = static_cast<uint32_t>((begin + done) / 4);
+    if (n - done >= kDrawn) {
+      draw(seed, stream_step, image, quad, out + done);
+    } else {
+      float rest[kDrawn];
+      draw(seed, stream_step, image, quad, rest);
+      std::memcpy(out + done, rest, (n - done) * sizeof(float));
     }
-    if (to == block) std::memcpy(out + done, block, count * sizeof(float));
   }
 }
 

@@ -1,0 +1,137 @@
+"""The 3x3 convolutions of google/ddpm-cifar10-32's U-Net, float32: our kernels beside oneDNN's, prepacked.
+
+    python benchmarks/bench_conv3x3.py [--batch 1 8] [--rounds 10]
+
+Every arm runs the network's layers in order, each with its own weights, so that they come from beyond the
+caches as they do in a step; arms are interleaved round by round. Ratios are of medians; GFLOP/s count the
+direct convolution's multiplications and additions; errors are relative to float64, in the 2-norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm_fast import UNet, UNetConfig, ops
+from ddpm_fast.convolution import Conv2d, fastest_conv3x3
+from ddpm_fast.ops.conv3x3 import ALGORITHMS
+
+CONFIG = UNetConfig(
+    block_out_channels=(128, 256, 256, 256),
+    down_attention=(False, True, False, False),
+    up_attention=(False, False, True, False),
+)
+SIDE = 32
+
+
+class Layer(NamedTuple):
+    channels: int
+    out_channels: int
+    side: int
+
+    def flops(self, batch: int) -> int:
+        return 18 * batch * self.channels * self.out_channels * self.side**2
+
+    def fastest(self, batch: int) -> str:
+        return fastest_conv3x3(batch, *self[:2], self.side, self.side) or "oneDNN"
+
+
+def layers() -> list[Layer]:
+    """Of stride 1, in the order in which the network calls them."""
+    found: list[Layer] = []
+
+    def note(conv: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        if conv.kernel_size == (3, 3) and conv.stride == (1, 1):
+            found.append(Layer(conv.in_channels, conv.out_channels, inputs[0].shape[-1]))
+
+    with torch.device("meta"), torch.no_grad():
+        model = UNet(CONFIG)
+        for part in model.modules():
+            if isinstance(part, Conv2d):
+                part.register_forward_hook(note)
+        model(torch.empty(1, 3, SIDE, SIDE), torch.zeros(()))
+    return found
+
+
+def calls(batch: int, layer: Layer) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
+    """The layer by each arm, on weights of its own, and the float64 answer."""
+    x = torch.randn(batch, layer.channels, layer.side, layer.side).contiguous(
+        memory_format=torch.channels_last
+    )
+    weight = torch.randn(layer.out_channels, layer.channels, 3, 3) / (9 * layer.channels) ** 0.5
+    bias = torch.randn(layer.out_channels)
+    exact = nn.functional.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1)
+    window = ([1, 1], [1, 1], [1, 1], 1)
+    laid_out = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, list(x.shape))
+    convolve = torch.ops.mkldnn._convolution_pointwise.default
+    arms = {"oneDNN": lambda: convolve(x, laid_out, bias, *window, "none", [], "")}
+    for algorithm in ALGORITHMS:
+        packed = ops.pack_conv3x3(weight, algorithm)
+        arms[algorithm] = lambda packed=packed: ops.conv3x3_packed(x, packed, bias)
+    arms["chosen"] = arms[layer.fastest(batch)]
+    return arms, exact
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    net = layers()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(net)} layers")
+    for batch in options.batch:
+        measure(net, batch, options.rounds)
+
+
+@torch.no_grad()
+def measure(net: list[Layer], batch: int, rounds: int) -> None:
+    torch.manual_seed(0)
+    built = [calls(batch, layer) for layer in net]
+    arms = list(built[0][0])
+    errors = {
+        arm: [((run[arm]()[:1] - exact).norm() / exact.norm()).item() for run, exact in built] for arm in arms
+    }
+    # One thread's own time leaves out what other processes take of the machine.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[list[float]]] = {arm: [] for arm in arms}  # by round, by layer
+    for _ in tqdm(range(rounds), desc=f"batch {batch}", disable=None):
+        for arm in arms:
+            taken = []
+            for run, _ in built:
+                start = clock()
+                run[arm]()
+                taken.append(clock() - start)
+            times[arm].append(taken)
+    medians = {arm: [statistics.median(column) for column in zip(*times[arm], strict=True)] for arm in arms}
+
+    print(f"\nbatch {batch}\n{'layer':>12s}  count  oneDNN: GFLOP/s, error", end="")
+    print("".join(f"  {algorithm:>7s}" for algorithm in ALGORITHMS), "  chosen: GFLOP/s, error")
+    for layer in sorted(dict.fromkeys(net), key=lambda layer: (-layer.side, layer.flops(1))):
+        places = [k for k, other in enumerate(net) if other == layer]
+        taken = {arm: sum(medians[arm][k] for k in places) for arm in arms}
+        worst = {arm: max(errors[arm][k] for k in places) for arm in arms}
+        speed = {arm: layer.flops(batch) * len(places) / taken[arm] / 1e9 for arm in arms}
+        name = f"{layer.channels}->{layer.out_channels}@{layer.side}"
+        ratios = "".join(f"  {taken['oneDNN'] / taken[algorithm]:6.2f}x" for algorithm in ALGORITHMS)
+        print(
+            f"{name:>12s}  {len(places):5d}  {speed['oneDNN']:15.0f} {worst['oneDNN']:.1e}{ratios}   "
+            f"{layer.fastest(batch):>6s} {speed['chosen']:8.0f} {worst['chosen']:.1e}"
+        )
+    sums = {arm: [sum(taken) for taken in times[arm]] for arm in arms}
+    for arm in arms:
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(sums["oneDNN"], sums[arm], strict=True)], n=4
+        )
+        each = statistics.median(sums[arm]) * 1e3 / batch
+        print(f"{arm:>8s}: {each:6.1f} ms an image, {middle:.2f}x ({low:.2f}-{high:.2f})")
+
+
+if __name__ == "__main__":
+    main()

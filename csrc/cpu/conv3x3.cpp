@@ -1,0 +1,175 @@
+// conv3x3 on the CPU: checks, layouts, threads and the workspace around kernels/conv3x3.h.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../checks.h"
+#include "../common.h"
+#include "../layout.h"
+#include "kernels.h"
+
+namespace ddpm_fast {
+namespace {
+
+using cpu::Conv3x3Kernels;
+using cpu::Conv3x3Plan;
+
+constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+
+const Conv3x3Kernels& kernels_of(int64_t down, int64_t across) {
+  for (const Conv3x3Kernels& kernels : cpu::kernels().conv3x3) {
+    if (kernels.down == down && kernels.across == across) return kernels;
+  }
+  fail<std::invalid_argument>("there are no tiles of ", down, " x ", across, " outputs");
+}
+
+// Asks for huge pages: a packed weight is read once a call, from beyond the caches, and a quarter of that
+// went into looking up small pages. Where the system refuses, they stay small.
+void in_huge_pages(float* memory, int64_t count) {
+#ifdef MADV_HUGEPAGE
+  const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + count * sizeof(float);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (first + kHugePage <= end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)count;
+#endif
+}
+
+// Memory that a thread keeps for its next call: fresh pages would cost more than the work in them.
+class Workspace {
+ public:
+  float* floats(int64_t count) {
+    if (count > count_) {
+      constexpr int64_t kFloats = kHugePage / sizeof(float);
+      count = (count + kFloats - 1) / kFloats * kFloats;
+      memory_.reset();  // the old first
+      count_ = 0;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(kHugePage, count * sizeof(float))));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      in_huge_pages(memory_.get(), count);
+      count_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t count_ = 0;
+};
+
+const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
+
+// With blocks for every thread a thread takes whole ones, and nothing waits. With fewer, all tiles are
+// transformed, and then each thread takes panels of output channels: it reads their weights alone.
+void run(
+    const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const float* x, const float* packed,
+    const float* bias, const float* plus, float* y) {
+  thread_local Workspace for_tiles, for_products;
+  const int64_t blocks = plan.blocks;
+  if (blocks >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+      float* const transformed = for_tiles.floats(plan.transformed);
+      float* const products = for_products.floats(plan.products);
+      for (int64_t block = first; block < last; ++block) {
+        kernels.transform(plan, x, block, 0, plan.block, transformed);
+        kernels.run(plan, transformed, packed, bias, plus, y, block, 0, plan.panels, products);
+      }
+    });
+    return;
+  }
+  float* const transformed = for_tiles.floats(blocks * plan.transformed);
+  torch::stable::parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
+    for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
+      const int64_t begin = block * plan.block;
+      kernels.transform(
+          plan, x, block, std::max<int64_t>(first - begin, 0), std::min(last - begin, plan.block),
+          transformed + block * plan.transformed);
+    }
+  });
+  torch::stable::parallel_for(0, plan.panels * blocks, 1, [&](int64_t first, int64_t last) {
+    float* const products = for_products.floats(plan.products);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t panel = task / blocks, block = task % blocks;
+      kernels.run(
+          plan, transformed + block * plan.transformed, packed, bias, plus, y, block, panel, panel + 1,
+          products);
+    }
+  });
+}
+
+void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed) {
+  check(
+      weight.scalar_type() == ScalarType::Float && weight.dim() == 4 && weight.size(2) == 3 &&
+          weight.size(3) == 3 && weight.numel() > 0,
+      "weight must be float32 (C_out, C_in, 3, 3)");
+  weight = as_contiguous(weight);
+  const Conv3x3Kernels& kernels = kernels_of(down, across);
+  const Conv3x3Plan plan = kernels.plan({1, 1, 1, weight.size(1), weight.size(0)}, 1);
+  check(
+      packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
+      "packed must be float32 with ", plan.packed, " elements");
+  float* const to = static_cast<float*>(packed.mutable_data_ptr());
+  in_huge_pages(to, plan.packed);
+  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
+    kernels.pack(plan, floats(weight), first, last, to);
+  });
+}
+
+Tensor conv3x3_packed_cpu(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
+    int64_t across) {
+  check(
+      x.scalar_type() == ScalarType::Float && x.dim() == 4 && x.numel() > 0,
+      "x must be float32 (B, C, H, W) and not empty");
+  check(out_channels > 0, "out_channels must be positive");
+  const bool channels_last = is_channels_last(x);
+  x = to_channels_last(x);
+  const Conv3x3Kernels& kernels = kernels_of(down, across);
+  const Conv3x3Plan plan = kernels.plan(
+      {x.size(0), x.size(2), x.size(3), x.size(1), out_channels}, torch::stable::get_num_threads());
+  check(
+      packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
+      "packed must be what conv3x3_pack made of a weight for such an x");
+  if (bias) {
+    check(
+        bias->scalar_type() == ScalarType::Float && bias->numel() == out_channels,
+        "bias must be float32 (C_out,)");
+    bias = as_contiguous(*bias);
+  }
+  Tensor y = torch::stable::empty(
+      {x.size(0), out_channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
+      std::nullopt, MemoryFormat::ChannelsLast);
+  if (plus) {
+    check_like("plus", *plus, y, "the result");
+    plus = to_channels_last(*plus);
+  }
+  run(kernels, plan, floats(x), floats(packed), bias ? floats(*bias) : nullptr,
+      plus ? floats(*plus) : nullptr, static_cast<float*>(y.mutable_data_ptr()));
+  return channels_last ? y : torch::stable::contiguous(y);
+}
+
+Tensor conv3x3_cpu(
+    Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor plus, int64_t down, int64_t across) {
+  check(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1), "weight must have x's channels");
+  const Conv3x3Plan plan = kernels_of(down, across).plan({1, 1, 1, weight.size(1), weight.size(0)}, 1);
+  const Tensor packed = torch::stable::new_empty(weight, {plan.packed});
+  conv3x3_pack_cpu(weight, down, across, packed);
+  return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&conv3x3_cpu));
+  m.impl("conv3x3_pack", TORCH_BOX(&conv3x3_pack_cpu));
+  m.impl("conv3x3_packed", TORCH_BOX(&conv3x3_packed_cpu));
+}
+
+}  // namespace
+}  // namespace ddpm_fast

@@ -1,0 +1,223 @@
+// y = conv3x3(x, w) + bias + plus, stride 1, padded by 1, channels last, in tiles of outputs: Winograd's
+// F(4x4, 3x3), F(4x2), F(2x2), or direct, which is F(1x1).
+//
+// Tiles are taken in blocks. A block's tiles are transformed, into [position][channel /
+// kLanes][tile][kLanes]; each position's tiles are multiplied by its weights, kPanel output channels at a
+// time; a panel's products go back through the inverse transform while they are in cache, with bias and plus.
+// Weights are packed once, as [panel][position][channel][kPanel]: a thread that owns a panel reads each of
+// them once a block, in order.
+#pragma once
+
+#include "../kernels.h"
+#include "conv3x3_gemm.h"
+#include "conv3x3_winograd.h"
+
+namespace ddpm_fast::cpu {
+namespace {
+
+// Tiles of a block at most: the more, the less often weights are read; but what they are transformed into has
+// to stay in the second cache.
+constexpr int64_t kBlock = 48;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where a block's positions lie. A line is added to each: powers of two would share a few sets of the cache.
+inline int64_t transformed_stride(const Conv3x3Plan& plan) {
+  return ceil_div(plan.in_channels, kLanes) * plan.block * kLanes + 16;
+}
+inline int64_t products_stride(const Conv3x3Plan& plan) { return plan.block * kPanel + 16; }
+
+inline int64_t tiles_in(const Conv3x3Plan& plan, int64_t block) {
+  const int64_t rest = plan.tiles - block * plan.block;
+  return rest < 0 ? 0 : rest < plan.block ? rest : plan.block;
+}
+
+// The convolution in tiles of kDown x kAcross outputs.
+template <int kDown, int kAcross>
+struct Conv3x3 {
+  using Down = Winograd<kDown>;
+  using Across = Winograd<kAcross>;
+  static constexpr int kRows = Down::kSize, kColumns = Across::kSize;  // of inputs
+
+  static Conv3x3Plan plan(const Conv3x3Shape& shape, int64_t threads) {
+    Conv3x3Plan plan = {};
+    static_cast<Conv3x3Shape&>(plan) = shape;
+    plan.tiles = plan.batch * ceil_div(plan.height, kDown) * ceil_div(plan.width, kAcross);
+    plan.blocks = ceil_div(plan.tiles, kBlock);
+    if (plan.blocks > threads) plan.blocks = ceil_div(plan.blocks, threads) * threads;
+    plan.block = ceil_div(plan.tiles, plan.blocks);  // all alike
+    plan.panels = ceil_div(plan.out_channels, kPanel);
+    plan.panel_size = kRows * kColumns * plan.in_channels * kPanel;
+    plan.packed = kRows * kColumns * plan.in_channels * ceil_div(plan.out_channels, 32) * 32;
+    plan.transformed = kRows * kColumns * transformed_stride(plan);
+    plan.products = Down::kProducts * Across::kProducts * products_stride(plan);
+    return plan;
+  }
+
+  // ---- weights ----
+
+  static void pack(const Conv3x3Plan& plan, const float* weight, int64_t first, int64_t last, float* packed) {
+    const int64_t channels = plan.in_channels;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t k = panel * kPanel;
+      const int64_t width = plan.out_channels - k < kPanel ? plan.out_channels - k : kPanel;
+      for (int64_t c = 0; c < channels; ++c) {
+        float taps[9][kPanel] = {};
+        for (int64_t l = 0; l < width; ++l) {
+          for (int t = 0; t < 9; ++t) taps[t][l] = weight[((k + l) * channels + c) * 9 + t];
+        }
+        for (int half = 0; half < 2; ++half) {
+          const auto tap = [&](int t) { return load(taps[t] + half * kLanes); };
+          float* const to = packed + panel * plan.panel_size + c * kPanel + half * kLanes;
+          Float down[3][kRows], u[kColumns];
+          for (int j = 0; j < 3; ++j) {
+            const Float g[3] = {tap(j), tap(3 + j), tap(6 + j)};
+            Down::weight(g, down[j]);
+          }
+          for (int i = 0; i < kRows; ++i) {
+            const Float g[3] = {down[0][i], down[1][i], down[2][i]};
+            Across::weight(g, u);
+            for (int j = 0; j < kColumns; ++j) store(to + (i * kColumns + j) * channels * kPanel, u[j]);
+          }
+        }
+      }
+    }
+  }
+
+  // ---- inputs ----
+
+  struct Tile {
+    int64_t image, row, column;  // of its first output
+  };
+
+  static inline Tile tile_at(const Conv3x3Plan& plan, int64_t tile) {
+    const int64_t across = ceil_div(plan.width, kAcross), down = ceil_div(plan.height, kDown);
+    return {tile / (across * down), tile / across % down * kDown, tile % across * kAcross};
+  }
+
+  static void transform(
+      const Conv3x3Plan& plan, const float* x, int64_t block, int64_t first, int64_t last,
+      float* transformed) {
+    const int64_t channels = plan.in_channels, stride = transformed_stride(plan);
+    const int64_t tiles = tiles_in(plan, block);
+    for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
+      const Tile at = tile_at(plan, block * plan.block + tile);
+      const float* pixels[kRows][kColumns];  // null where they are padding
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kColumns; ++j) {
+          const int64_t row = at.row + i - 1, column = at.column + j - 1;
+          const bool inside = row >= 0 && row < plan.height && column >= 0 && column < plan.width;
+          const int64_t pixel = (at.image * plan.height + row) * plan.width + column;
+          pixels[i][j] = inside ? x + pixel * channels : nullptr;
+        }
+      }
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const auto pixel = [&](int i, int j) {
+          if (pixels[i][j] == nullptr) return Float{};
+          return c + kLanes <= channels ? load(pixels[i][j] + c) : load(pixels[i][j] + c, channels - c);
+        };
+        Float down[kRows][kColumns], v[kColumns];
+        for (int j = 0; j < kColumns; ++j) {
+          Float d[kRows], column[kRows];
+          for (int i = 0; i < kRows; ++i) d[i] = pixel(i, j);
+          Down::input(d, column);
+          for (int i = 0; i < kRows; ++i) down[i][j] = column[i];
+        }
+        float* const to = transformed + (c * plan.block + tile * kLanes);
+        for (int i = 0; i < kRows; ++i) {
+          Across::input(down[i], v);
+          for (int j = 0; j < kColumns; ++j) store(to + (i * kColumns + j) * stride, v[j]);
+        }
+      }
+    }
+  }
+
+  // ---- products ----
+
+  // A panel's products at every position. F(1, 3) sums them over its dimension.
+  static inline void multiply(
+      const Conv3x3Plan& plan, const float* transformed, const float* weights, int64_t tiles,
+      float* products) {
+    const int64_t channels = plan.in_channels, pieces = ceil_div(tiles, kMaxRows);
+    const int64_t a_stride = transformed_stride(plan), m_stride = products_stride(plan);
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) {
+        const int position = i * kColumns + j;
+        const int slot = (kDown == 1 ? 0 : i * Across::kProducts) + (kAcross == 1 ? 0 : j);
+        const bool adds = (kDown == 1 && i > 0) || (kAcross == 1 && j > 0);
+        const float* const b = weights + position * channels * kPanel;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t row = piece * tiles / pieces, rows = (piece + 1) * tiles / pieces - row;
+          const Product product = {
+              transformed + position * a_stride + row * kLanes,
+              plan.block * kLanes,
+              b,
+              channels,
+              b + channels * kPanel + channels * kPanel * piece / pieces,
+              kPanel / pieces,
+              products + slot * m_stride + row * kPanel,
+          };
+          adds ? multiply_some_rows<true>(rows, product) : multiply_some_rows<false>(rows, product);
+        }
+      }
+    }
+  }
+
+  // ---- outputs ----
+
+  static inline void write(
+      const Conv3x3Plan& plan, const float* products, const float* bias, const float* plus, float* y,
+      int64_t block, int64_t panel) {
+    const int64_t tiles = tiles_in(plan, block);
+    const int64_t stride = products_stride(plan), channels = plan.out_channels;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Tile at = tile_at(plan, block * plan.block + tile);
+      const int64_t rows = plan.height - at.row < kDown ? plan.height - at.row : kDown;
+      const int64_t columns = plan.width - at.column < kAcross ? plan.width - at.column : kAcross;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t k = panel * kPanel + half * kLanes, lanes = channels - k;
+        if (lanes <= 0) break;
+        const float* const m = products + tile * kPanel + half * kLanes;
+        Float down[kDown][Across::kProducts], out[kDown][kAcross];
+        for (int j = 0; j < Across::kProducts; ++j) {
+          Float from[Down::kProducts], column[kDown];
+          for (int i = 0; i < Down::kProducts; ++i) from[i] = load(m + (i * Across::kProducts + j) * stride);
+          Down::output(from, column);
+          for (int i = 0; i < kDown; ++i) down[i][j] = column[i];
+        }
+        for (int i = 0; i < kDown; ++i) Across::output(down[i], out[i]);
+        const bool whole = lanes >= kLanes;
+        const Float add = bias == nullptr ? Float{} : whole ? load(bias + k) : load(bias + k, lanes);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t pixel = (at.image * plan.height + at.row + i) * plan.width + at.column;
+          for (int64_t j = 0; j < columns; ++j) {
+            const int64_t to = (pixel + j) * channels + k;
+            Float value = out[i][j] + add;
+            if (whole) {
+              if (plus != nullptr) value += load(plus + to);
+              store(y + to, value);
+            } else {
+              if (plus != nullptr) value += load(plus + to, lanes);
+              store(y + to, value, lanes);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static void run(
+      const Conv3x3Plan& plan, const float* transformed, const float* packed, const float* bias,
+      const float* plus, float* y, int64_t block, int64_t first, int64_t last, float* products) {
+    const int64_t tiles = tiles_in(plan, block);
+    for (int64_t panel = first; panel < last; ++panel) {
+      multiply(plan, transformed, packed + panel * plan.panel_size, tiles, products);
+      write(plan, products, bias, plus, y, block, panel);
+    }
+  }
+
+  static constexpr Conv3x3Kernels kKernels = {kDown, kAcross, plan, pack, transform, run};
+};
+
+}  // namespace
+}  // namespace ddpm_fast::cpu

@@ -1,0 +1,102 @@
+// Winograd's minimal filtering F(m, 3) in one dimension (Lavin & Gray 2016): m outputs of a correlation with
+// 3 taps from m + 2 inputs, with m + 2 products instead of 3 m. In two, F(m x n, 3 x 3), one after the other:
+//
+//   Y = A' [(G g H') * (B' d C)] D,  with B', G, A' of F(m, 3) and C', H, D' of F(n, 3)
+//
+// Toom-Cook: d and g stand for polynomials, a row of B' or G for a point at which they are evaluated. The
+// points decide the error. For m = 4 they are (0, +-5/8, +-3/2, infinity): half the error of the customary
+// (0, +-1, +-2, infinity), with as many instructions. F(1, 3) is the direct convolution, whose products are
+// summed.
+#pragma once
+
+#include "vec.h"
+
+namespace ddpm_fast::cpu {
+namespace {
+
+template <int kTile>
+struct Winograd;
+
+template <>
+struct Winograd<1> {
+  static constexpr int kSize = 3, kProducts = 1;  // that are left when the multiplication has summed them
+
+  static inline void input(const Float (&d)[3], Float (&v)[3]) {
+    for (int k = 0; k < 3; ++k) v[k] = d[k];
+  }
+
+  static inline void weight(const Float (&g)[3], Float (&u)[3]) {
+    for (int k = 0; k < 3; ++k) u[k] = g[k];
+  }
+
+  static inline void output(const Float (&m)[1], Float (&y)[1]) { y[0] = m[0]; }
+};
+
+template <>
+struct Winograd<2> {
+  static constexpr int kSize = 4, kProducts = 4;
+
+  static inline void input(const Float (&d)[4], Float (&v)[4]) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1] + d[2];
+    v[2] = d[2] - d[1];
+    v[3] = d[1] - d[3];
+  }
+
+  static inline void weight(const Float (&g)[3], Float (&u)[4]) {
+    const Float even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
+    u[0] = g[0];
+    u[1] = even + odd;
+    u[2] = even - odd;
+    u[3] = g[2];
+  }
+
+  static inline void output(const Float (&m)[4], Float (&y)[2]) {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = (m[1] - m[2]) - m[3];
+  }
+};
+
+template <>
+struct Winograd<4> {
+  static constexpr int kSize = 6, kProducts = 6;
+  static constexpr float p = 5.0f / 8, q = 3.0f / 2, pp = p * p, qq = q * q;  // exact, with their products
+
+  static inline void input(const Float (&d)[6], Float (&v)[6]) {
+    const Float even_p = d[4] - qq * d[2], odd_p = p * (d[3] - qq * d[1]);
+    const Float even_q = d[4] - pp * d[2], odd_q = q * (d[3] - pp * d[1]);
+    v[0] = pp * qq * d[0] + (d[4] - (pp + qq) * d[2]);
+    v[1] = even_p + odd_p;
+    v[2] = even_p - odd_p;
+    v[3] = even_q + odd_q;
+    v[4] = even_q - odd_q;
+    v[5] = pp * qq * d[1] + (d[5] - (pp + qq) * d[3]);
+  }
+
+  static inline void weight(const Float (&g)[3], Float (&u)[6]) {
+    constexpr double n0 = 1 / (5.0 / 8 * 5 / 8 * 3 / 2 * 3 / 2);  // 1 / prod (a_i - a_j), by point
+    constexpr double np = 1 / (2 * 5.0 / 8 * 5 / 8 * (5.0 / 8 * 5 / 8 - 9.0 / 4));
+    constexpr double nq = 1 / (2 * 9.0 / 4 * (9.0 / 4 - 5.0 / 8 * 5 / 8));
+    constexpr float np0 = np, np1 = np * p, np2 = np * pp, nq0 = nq, nq1 = nq * q, nq2 = nq * qq;
+    const Float even_p = np0 * g[0] + np2 * g[2], odd_p = np1 * g[1];
+    const Float even_q = nq0 * g[0] + nq2 * g[2], odd_q = nq1 * g[1];
+    u[0] = static_cast<float>(n0) * g[0];
+    u[1] = even_p + odd_p;
+    u[2] = even_p - odd_p;
+    u[3] = even_q + odd_q;
+    u[4] = even_q - odd_q;
+    u[5] = g[2];
+  }
+
+  static inline void output(const Float (&m)[6], Float (&y)[4]) {
+    const Float even_p = m[1] + m[2], odd_p = m[1] - m[2];
+    const Float even_q = m[3] + m[4], odd_q = m[3] - m[4];
+    y[0] = m[0] + (even_p + even_q);
+    y[1] = p * odd_p + q * odd_q;
+    y[2] = pp * even_p + qq * even_q;
+    y[3] = p * pp * odd_p + (q * qq * odd_q + m[5]);
+  }
+};
+
+}  // namespace
+}  // namespace ddpm_fast::cpu

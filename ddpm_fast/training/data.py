@@ -1,0 +1,172 @@
+"""The images that a model is trained on: from a folder, an npz, a set by name, or a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .folder import Folder, Tell, find, read
+
+__all__ = ["SETS", "Images", "InMemory", "digits", "load", "s_curve"]
+
+IN_MEMORY = 2**31
+"""Bytes up to which images are kept decoded; those of a larger folder are read when their turn comes."""
+
+
+class Images(Protocol):
+    """``shape`` of one; ``take(indices)``: those, float32 (B, *shape) in [-1, 1]."""
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor) -> Tensor: ...
+
+
+class InMemory:
+    """uint8 (N, C, H, W), or floating (N, ...) as it is to be learned, on the device that trains.
+
+    Raises:
+        TypeError, ValueError: of another kind; empty; not finite.
+    """
+
+    def __init__(self, images: Tensor, device: torch.device | None = None) -> None:
+        if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a uint8 or floating Tensor, got {kind}")
+        if images.dim() < 2 or images.numel() == 0:
+            raise ValueError(f"images must be (N, ...), not empty, got shape {tuple(images.shape)}")
+        if images.is_floating_point() and not bool(images.isfinite().all()):
+            raise ValueError("images must be finite")
+        self.shape = tuple(images.shape[1:])
+        self._images = images.to(device) if images.dtype == torch.uint8 else images.to(device, torch.float32)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def take(self, indices: Tensor) -> Tensor:
+        chosen = self._images.index_select(0, indices.to(self._images.device, non_blocking=True))
+        return _scaled(chosen)
+
+
+class Streamed:
+    """Of a folder whose images are too many to keep: decoded by threads when they are taken."""
+
+    def __init__(self, folder: Folder, tell: Tell, threads: int = 8) -> None:
+        self.folder, self.shape, self._tell = folder, folder.shape, tell
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __len__(self) -> int:
+        return len(self.folder.files)
+
+    def take(self, indices: Tensor) -> Tensor:
+        images = list(self._pool.map(lambda k: self.folder.image_or_next(k, self._tell), indices.tolist()))
+        return _scaled(torch.from_numpy(np.stack(images)))
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+def load(
+    source: str,
+    *,
+    channels: int,
+    size: tuple[int, int] | None,
+    crop: bool,
+    strict: bool,
+    device: torch.device,
+    tell: Tell,
+) -> Images:
+    """The images of a `Config`'s ``data``.
+
+    Args:
+        source: a folder, an ``.npz``, or one of `SETS`.
+        channels: 1, 3 or 4, to which a folder's images are converted.
+        size: (height, width) of the network, None for any.
+        crop: see `Config`.
+        strict: a file that cannot be read is an error. Else it is named, and left out.
+        tell: takes what there is to say of such files.
+
+    Raises:
+        FileNotFoundError: there is no such source, or a folder without images.
+        ValueError: images of more than one size, or of another than the network's, unless they are cropped;
+            a damaged npz; with ``strict``, a file that cannot be read.
+        ImportError: a set whose library is not installed.
+    """
+    if source in SETS:
+        return InMemory(SETS[source](), device)
+    path = Path(source)
+    if path.suffix.lower() == ".npz":
+        return InMemory(_npz(path), device)
+    if not path.is_dir():
+        sets = ", ".join(map(repr, SETS))
+        given = f"{source!r} is neither a folder nor an .npz" if source else "none was given"
+        raise FileNotFoundError(f"data: {given}; allowed: a folder of images, FILE.npz, or {sets}")
+    folder = find(path, channels=channels, size=size, crop=crop, strict=strict, tell=tell)
+    if len(folder.files) * int(np.prod(folder.shape)) > IN_MEMORY:
+        return Streamed(folder, tell)
+    return InMemory(read(folder, tell), device)
+
+
+def _npz(path: Path) -> Tensor:
+    """Its only array, or ``arr_0``: uint8 (N, H, W, C) or (N, H, W), as OpenAI's are; floating as it is."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data: {path} is not a file")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            name = arrays.files[0] if len(arrays.files) == 1 else "arr_0"
+            if name not in arrays.files:
+                raise ValueError(f"it has {', '.join(arrays.files) or 'no arrays'}, and no arr_0")
+            array = arrays[name]
+    except (ValueError, BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"data: {path} cannot be read: {error}") from error
+    if array.dtype == np.uint8 and array.ndim in (3, 4):
+        array = array[..., None] if array.ndim == 3 else array
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+    if array.dtype.kind != "f":
+        raise ValueError(
+            f"data: {path} must hold uint8 (N, H, W, C), or floating (N, C, H, W) in [-1, 1]; "
+            f"got {array.dtype} {array.shape}"
+        )
+    return torch.from_numpy(array)
+
+
+# Sets by name
+
+
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """scikit-learn's 1,797 real handwritten digits: four fifths to train on, one held out.
+
+    ((images, labels), (images, labels)); images float32 (n, 1, 8, 8) in [-1, 1], labels int64 (n,).
+    """
+    datasets, selection = _sklearn("datasets"), _sklearn("model_selection")
+    found = datasets.load_digits()
+    images = torch.from_numpy(found.images).float()[:, None] / 8 - 1
+    labels = torch.from_numpy(found.target)
+    split = selection.train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    return (split[0], split[2]), (split[1], split[3])
+
+
+def s_curve(seed: int | None = 0, count: int = 10**4) -> Tensor:
+    """The tutorial's points, (count, 2) float32."""
+    points, _ = _sklearn("datasets").make_s_curve(count, noise=0.1, random_state=seed)
+    return torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32)
+
+
+def _sklearn(name: str) -> Any:
+    try:
+        return import_module(f"sklearn.{name}")
+    except ImportError as error:
+        raise ImportError("this set needs scikit-learn: pip install 'ddpm_fast[examples]'") from error
+
+
+SETS: dict[str, Callable[[], Tensor]] = {"digits": lambda: digits()[0][0], "s-curve": s_curve}

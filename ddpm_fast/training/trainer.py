@@ -1,0 +1,377 @@
+"""The loop: batches in, updates, averages, checkpoints and pictures out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from .. import pictures
+from ..ops import _dispatch
+from ..sampler import Sampler, to_uint8
+from ..threads import worthwhile
+from ..unet import UNet
+from . import data, points, state
+from .config import Config
+from .draws import LAYERS, Draws, stream_seed
+from .ema import Ema
+from .log import Log
+from .processes import Processes
+from .step import TrainStep
+
+__all__ = ["Trainer"]
+
+SAMPLES_AT_A_TIME = 256
+
+
+class Part(NamedTuple):
+    """What one process sees of an update at a time: x0 (b, ...), t (b,), the running number of the first."""
+
+    x0: Tensor
+    t: Tensor
+    first: int
+
+
+class Trainer:
+    """Trains a model as a `Config` says, in a folder that another such call can go on from::
+
+        Trainer(Config.read("digits"), "digits").fit()
+
+    The folder holds config.toml, log.jsonl (see `Log`), samples/ and checkpoints/ (see `state`). What an
+    update draws depends on (seed, update) only: a run that is killed and resumed is, on a CPU and with as
+    many threads and processes, the uninterrupted one to the bit. Split over other processes it is the same
+    but for rounding, and for what the model draws itself (dropout).
+
+    Args:
+        config: see `Config`.
+        out: the run's folder, to be created.
+        device: to train on.
+        processes: see `joined`; the batch is split over them.
+        model: to train, where the config has none; with the weights to begin with, the same in each process.
+        images: (N, ...) floating in [-1, 1], or uint8 (N, C, H, W), in place of the config's ``data``.
+        resume: "auto": go on from the last checkpoint in ``out``, if there is one; or the folder of one.
+            None: begin, in a folder without any.
+        strict: an image that cannot be read is an error, rather than left out.
+        bar: show a progress bar.
+
+    Attributes:
+        update: how many are done.
+        schedule: of the config.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; see `Config` and `data.load`. A checkpoint of
+            another run or model.
+        FileExistsError: ``out`` holds a run, and ``resume`` is None.
+        OSError: ``out`` cannot be written, or has no room for the checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: str | PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        processes: Processes | None = None,
+        model: nn.Module | None = None,
+        images: Tensor | None = None,
+        resume: str | PathLike[str] | None = None,
+        strict: bool = False,
+        bar: bool = True,
+    ) -> None:
+        if not isinstance(config, Config):
+            raise TypeError(f"config must be a Config, got {type(config).__name__}")
+        self.config, self.out = config, Path(out)
+        self.device, self.processes = torch.device(device), processes or Processes()
+        self.schedule, self._bar = config.make_schedule(), bar
+        parts = config.accumulate * self.processes.count
+        if config.batch % parts:
+            raise ValueError(
+                f"batch must be a multiple of accumulate x processes = {parts}, got {config.batch}"
+            )
+        checkpoints = self._prepare_folder(resume)
+        found = self._find(checkpoints, resume)
+        if model is not None and (config.unet or config.mlp):
+            raise ValueError("model: the config has one, [unet] or [mlp]; give one of the two")
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(config.seed, LAYERS, 2**64 - 1))
+            model = config.make_model() if model is None else model
+        layout = {"memory_format": torch.channels_last} if isinstance(model, UNet) else {}
+        model = model.to(self.device, **layout).train()
+        self.images = self._load(images, strict)
+        self._check_fit(model)
+
+        kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.Adam
+        optimizer = kind(
+            model.parameters(),
+            config.optimizer.lr,
+            config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        averages = tuple(Ema(model, rate) for rate in config.ema)
+        self._members = state.Members(model, optimizer, averages)
+        self._check_room()
+        self.update = 0
+        if found is not None:
+            self._resume(found)
+        call = model
+        if self.processes.count > 1:
+            call = DistributedDataParallel(model, broadcast_buffers=False)
+        self._step = TrainStep(
+            call,
+            config.make_loss().to(self.device),
+            optimizer,
+            clip=config.optimizer.clip,
+            compile=self._compiles(),
+            autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        )
+        self._draws = Draws(
+            config.seed, len(self.images), config.batch, len(self.schedule), config.times, config.flip
+        )
+        self._sampler = Sampler(self.model, self.schedule, **config.settings())
+        self._unread: list[Tensor] = []  # loss and norm of the updates since the log's last line
+
+    @property
+    def model(self) -> nn.Module:
+        """What is sampled from: the first average of the weights, or the weights themselves."""
+        return self._members.result
+
+    def fit(self) -> nn.Module:
+        """Train to the config's last update; returns `model`.
+
+        Raises:
+            RuntimeError: a loss or a gradient that is not finite; the last checkpoint is from before.
+            OSError: a checkpoint, a picture or the log cannot be written; those before it stay.
+        """
+        config, begun = self.config, self.update
+        log = Log(self.out if self.processes.first else None, config.updates, begun, self._bar)
+        logged = begun
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with ExitStack() as on:
+            on.callback(log.close)
+            on.enter_context(torch.random.fork_rng(devices=cuda))
+            sample = torch.empty(1, *self.images.shape, device=self.device)
+            size = config.batch // (config.accumulate * self.processes.count)
+            on.enter_context(worthwhile(self._members.model, sample.expand(size, *self.images.shape)))
+            for update, parts in self._batches(begun):
+                self._set_rate(update)
+                self._draw_layers(update)
+                self._unread.append(torch.stack(self._descend(parts)))
+                for average in self._members.averages:
+                    average.update(update)
+                self.update = done = update + 1
+                last = done == config.updates
+                saves = last or done % config.checkpoint_every == 0
+                draws = last or (config.sample_every and done % config.sample_every == 0)
+                if saves or draws or done % config.log_every == 0:
+                    found = self._read()
+                    log.write(done, (done - logged) * config.batch, found)
+                    logged = done
+                if saves or draws:
+                    start = time.perf_counter()
+                    if self.processes.first:
+                        if saves:
+                            self.save()
+                        if draws:
+                            self.draw()
+                    self.processes.wait()
+                    log.paused(time.perf_counter() - start)
+        return self.model
+
+    def save(self) -> Path:
+        """Write a checkpoint of now; returns its folder."""
+        return state.save(
+            self.out / "checkpoints",
+            self._members,
+            update=self.update,
+            keep=self.config.keep,
+            config=self.config,
+            schedule=self.schedule,
+            info={"images": {"count": len(self.images), "shape": list(self.images.shape)}},
+        )
+
+    def draw(self) -> Path | None:
+        """Write a picture of samples as they are now; returns its file. None for what is no picture."""
+        shape = self.images.shape
+        is_image = len(shape) == 3 and shape[0] in (1, 3, 4)
+        if not is_image and shape != (2,):
+            return None
+        at_a_time = SAMPLES_AT_A_TIME if is_image else self.config.samples
+        x = torch.cat(
+            [
+                self._sampler(min(at_a_time, self.config.samples - k), shape=shape, seed=0, first_image=k)
+                for k in range(0, self.config.samples, at_a_time)
+            ]
+        ).cpu()
+        path = self.out / "samples" / f"{self.update:08}.png"
+        pictures.write(to_uint8(x) if is_image else points.picture(x)[None], path, "png-grid")
+        return path
+
+    # Before the first update
+
+    def _prepare_folder(self, resume: str | PathLike[str] | None) -> Path:
+        checkpoints = self.out / "checkpoints"
+        if resume is None and state.numbers(checkpoints):
+            raise FileExistsError(f"{self.out} holds a run: resume it ('auto'), or give another folder")
+        if self.processes.first:
+            for folder in (checkpoints, self.out / "samples"):
+                pictures.check_writable(folder, "png-dir")
+        return checkpoints
+
+    def _find(self, checkpoints: Path, resume: str | PathLike[str] | None) -> state.State | None:
+        if resume is None:
+            return None
+        if resume != "auto":
+            return state.read(Path(resume))
+        found = state.newest(checkpoints, self._tell) if self.processes.first else None
+        self.processes.wait()  # the first one clears away what was left half written
+        return found if self.processes.first else state.newest(checkpoints, lambda text: None)
+
+    def _load(self, images: Tensor | None, strict: bool) -> data.Images:
+        if images is not None:
+            return data.InMemory(images, self.device)
+        unet = self.config.unet
+        size = unet.sample_size if unet is not None else None
+        return data.load(
+            self.config.data,
+            channels=3 if unet is None else unet.in_channels,
+            size=(size, size) if isinstance(size, int) else size,
+            crop=self.config.crop,
+            strict=strict,
+            device=self.device,
+            tell=self._tell,
+        )
+
+    def _check_fit(self, model: nn.Module) -> None:
+        shape = tuple(self.images.shape)
+        try:
+            wanted = getattr(model, "sample_shape", None)
+        except ValueError:  # a U-Net of any size
+            wanted = (model.config.in_channels, *shape[1:])
+        if wanted is not None and tuple(wanted) != shape:
+            raise ValueError(f"data: what is learned has shape {shape}, the network's is {tuple(wanted)}")
+        if self.config.flip and len(shape) < 2:
+            raise ValueError("flip is for images: points have no left and right")
+
+    def _check_room(self) -> None:
+        needed = self._members.nbytes() * (self.config.keep + 1)  # the next is written before one goes
+        free = shutil.disk_usage(self.out).free
+        if self.processes.first and free < needed:
+            raise OSError(
+                f"{self.out} has {free / 1e6:.0f} MB free, {self.config.keep + 1} checkpoints need "
+                f"{needed / 1e6:.0f} MB"
+            )
+
+    def _resume(self, found: state.State) -> None:
+        self.config.check_same_run(found.info["config"])
+        seen = {"count": len(self.images), "shape": list(self.images.shape)}
+        if found.info["images"] != seen:
+            raise ValueError(f"data: the run had {found.info['images']}, now it is {seen}: not the same run")
+        found.restore(self._members)
+        self.update = found.update
+
+    def _compiles(self) -> bool:
+        """Whether an update is one compiled graph."""
+        if self.config.compile != "auto":
+            alone = self.processes.count == 1 and self.config.accumulate == 1
+            if self.config.compile and not alone:
+                raise ValueError("compile=true is for one process, and a batch in one part")
+            return bool(self.config.compile)
+        small = isinstance(self._members.model, points.EmbeddingMLP) and self.device.type == "cpu"
+        alone = self.processes.count == 1 and self.config.accumulate == 1
+        return small and alone and _dispatch.NATIVE_MISSING is None
+
+    def _tell(self, text: str) -> None:
+        if self.processes.first:
+            tqdm.write(text, file=sys.stderr)
+
+    # One update
+
+    def _batches(self, first: int) -> Iterator[tuple[int, list[Part]]]:
+        """Every update from ``first`` on, and this process's parts; files are read one update ahead."""
+        updates = range(first, self.config.updates)
+        if not isinstance(self.images, data.Streamed):
+            yield from ((update, self._parts(update)) for update in updates)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._parts, first) if updates else None
+            for update in updates:
+                parts = ahead.result()
+                ahead = pool.submit(self._parts, update + 1) if update + 1 in updates else None
+                yield update, parts
+
+    def _parts(self, update: int) -> list[Part]:
+        batch, processes = self._draws(update), self.processes
+        size = self.config.batch // (self.config.accumulate * processes.count)
+        parts = []
+        for k in range(self.config.accumulate):
+            first = (k * processes.count + processes.rank) * size
+            rows = slice(first, first + size)
+            x0 = self.images.take(batch.indices[rows]).to(self.device, non_blocking=True)
+            if batch.flip is not None:
+                flip = batch.flip[rows].to(self.device, non_blocking=True)
+                x0 = torch.where(flip.reshape(-1, *[1] * (x0.dim() - 1)), x0.flip(-1), x0)
+            if isinstance(self._members.model, UNet):
+                x0 = x0.contiguous(memory_format=torch.channels_last)
+            t = batch.t[rows].to(self.device, non_blocking=True)
+            parts.append(Part(x0, t, batch.first + first))
+        return parts
+
+    def _descend(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
+        """The mean loss, and the norm of the gradients."""
+        given = [(part.x0, part.t, {"seed": self.config.seed, "image_index": part.first}) for part in parts]
+        if len(given) == 1:
+            x0, t, counter = given[0]
+            return self._step(x0, t, **counter)
+        losses = []
+        for k, (x0, t, counter) in enumerate(given):
+            with ExitStack() as on:
+                if self.processes.count > 1 and k < len(given) - 1:
+                    on.enter_context(self._step.model.no_sync())  # the last one's exchange is of all
+                losses.append(self._step.backward(x0, t, share=1 / len(given), **counter))
+        return torch.stack(losses).sum(), self._step.finish()
+
+    def _set_rate(self, update: int) -> None:
+        rate = self.config.optimizer.rate(update, self.config.updates)
+        for group in self._members.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _draw_layers(self, update: int) -> None:
+        """Seed what the model draws from: a number for each update and process."""
+        count, rank = self.processes.count, self.processes.rank
+        seed = stream_seed(self.config.seed, LAYERS, update * count + rank)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _read(self) -> dict[str, float]:
+        """What the log says of the updates since its last line. RuntimeError for one that is not finite."""
+        found = self.processes.mean(torch.stack(self._unread)).tolist()
+        self._unread.clear()
+        first = self.update - len(found)
+        for k, (loss, norm) in enumerate(found, 1):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                checkpoints = state.numbers(self.out / "checkpoints")
+                kept = (
+                    f"the last checkpoint is of update {checkpoints[-1]}" if checkpoints else "none was saved"
+                )
+                what = f"the loss is {loss}, the norm of its gradient {norm}"
+                raise RuntimeError(f"update {first + k}: {what}; stopped, {kept}")
+        return {
+            "loss": sum(loss for loss, _ in found) / len(found),
+            "norm": found[-1][1],
+            "lr": self.config.optimizer.rate(self.update - 1, self.config.updates),
+        }

@@ -1,0 +1,469 @@
+"""3x3 convolution by Winograd against float64: every algorithm and instruction set, edge tiles, odd channels.
+
+Rounding errors of F(m, 3) are relative to the terms that it sums, which are larger than the result. For
+independent inputs and taps of variance 1 the mean square of an output is 3, and that of its terms
+
+    sum over points i of A[o, i]^2 (sum_k G[i, k]^2) (sum_j B[i, j]^2)
+
+The root of their ratio, averaged over outputs, is the growth of one dimension; that of two is the product.
+So the error rule holds for Winograd with all that it allows times the growth: 1.7 for F(2x2), 2.8 for F(4x2),
+4.8 for F(4x4) with the points used here, 10.8 with the customary (0, +-1, +-2, infinity).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_fast import ops, reference
+from ddpm_fast.ops import _dispatch
+from ddpm_fast.ops.conv3x3 import ALGORITHMS
+
+ROOT = Path(__file__).parents[1]
+POINTS = {1: None, 2: (0, 1, -1), 4: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}  # and infinity, by outputs of a tile
+SHAPES = [  # (B, C, K, H, W)
+    (1, 3, 128, 7, 5),
+    (3, 33, 3, 1, 1),
+    (1, 96, 33, 33, 31),
+    (8, 128, 96, 4, 4),
+    (3, 96, 128, 8, 8),
+    (1, 128, 33, 32, 32),
+    (1, 1, 1, 2, 9),
+    (8, 33, 96, 3, 6),
+]
+
+
+@pytest.fixture(autouse=True)
+def native():
+    if _dispatch.NATIVE_MISSING is not None:
+        pytest.skip(_dispatch.NATIVE_MISSING)
+
+
+def toom_cook(outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(A', G, B') of F(outputs, 3), from its points."""
+    points = POINTS[outputs]
+    if points is None:
+        return np.ones((1, 3)), np.eye(3), np.eye(3)
+    size = outputs + 2
+    to_outputs, of_taps, of_inputs = np.zeros((outputs, size)), np.zeros((size, 3)), np.zeros((size, size))
+    for i, a in enumerate(points):
+        others = [b for b in points if b != a]
+        to_outputs[:, i] = np.power(float(a), np.arange(outputs))
+        of_taps[i] = np.power(float(a), np.arange(3)) / math.prod(a - b for b in others)
+        of_inputs[i, : size - 1] = np.poly(others)[::-1]
+    to_outputs[-1, -1] = of_taps[-1, -1] = 1
+    of_inputs[-1] = np.poly(points)[::-1]
+    return to_outputs, of_taps, of_inputs
+
+
+def growth(algorithm: str) -> float:
+    factor = 1.0
+    for outputs in ALGORITHMS[algorithm]:
+        to_outputs, of_taps, of_inputs = toom_cook(outputs)
+        terms = to_outputs**2 @ ((of_taps**2).sum(1) * (of_inputs**2).sum(1))
+        factor *= float(np.sqrt(terms.mean() / 3))
+    return factor
+
+
+def make(shape, generator, *, dtype=torch.float32, mean=0.0, std=1.0, given=True) -> dict:
+    batch, channels, out_channels, height, width = shape
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    return {
+        "x": (mean + std * randn(batch, channels, height, width)).to(dtype),
+        "weight": (randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype),
+        "bias": randn(out_channels).to(dtype) if given else None,
+        "plus": randn(batch, out_channels, height, width).to(dtype) if given else None,
+    }
+
+
+def eager(x, weight, bias, plus):
+    y = F.conv2d(x, weight, bias, padding=1)
+    return y if plus is None else y + plus
+
+
+def upcast(inputs: dict) -> dict:
+    return {name: None if value is None else value.double() for name, value in inputs.items()}
+
+
+def channels_last(inputs: dict) -> dict:
+    return {
+        name: value.contiguous(memory_format=torch.channels_last)
+        if name in ("x", "plus") and value is not None
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def check_error(got: Tensor, inputs: dict, algorithm: str) -> None:
+    """err(kernel) <= growth (2 err(eager) + eps max|ref|), in the largest element and in the mean square."""
+    exact, plain = reference.conv3x3(**upcast(inputs)), eager(**inputs)
+    assert got.shape == exact.shape and got.dtype == plain.dtype
+    eps = torch.finfo(got.dtype).eps
+    for size in (lambda v: v.abs().max().item(), lambda v: v.square().mean().sqrt().item()):
+        error = size(got - exact)
+        allowed = growth(algorithm) * (2 * size(plain - exact) + eps * size(exact))
+        assert error <= allowed, f"{algorithm}: {error:.3g} > {allowed:.3g}"
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_the_matrices_of_the_derivation_convolve(outputs):
+    to_outputs, of_taps, of_inputs = toom_cook(outputs)
+    d, g = np.random.default_rng(0).normal(size=(2, outputs + 2))
+    y = to_outputs @ ((of_taps @ g[:3]) * (of_inputs @ d))
+    np.testing.assert_allclose(y, np.correlate(d, g[:3]), atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("given", [True, False], ids=["bias-and-plus", "plain"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, algorithm, given, layout, generator, poisoned):
+    inputs = make(shape, generator, given=given)
+    inputs = channels_last(inputs) if layout == "channels_last" else inputs
+    got = ops.conv3x3(**inputs, algorithm=algorithm, backend="native")
+    check_error(got, inputs, algorithm)
+    assert got.stride() == got.contiguous(memory_format=reference.memory_format(inputs["x"])).stride()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_large_mean_with_a_tiny_variance(algorithm, generator):
+    for mean in (1e4, -1e4):
+        inputs = make((2, 96, 33, 9, 13), generator, mean=mean, std=1e-2)
+        check_error(ops.conv3x3(**inputs, algorithm=algorithm, backend="native"), inputs, algorithm)
+
+
+@pytest.mark.parametrize(
+    "algorithm,bound", [("direct", 1.2e-6), ("f2", 0.8e-6), ("f4x2", 1.6e-6), ("f4", 2.5e-6)]
+)
+def test_the_error_of_a_wide_layer(algorithm, bound, generator):
+    """In the 2-norm, relative to the result."""
+    inputs = channels_last(make((1, 512, 64, 16, 16), generator, given=False))
+    exact = reference.conv3x3(**upcast(inputs))
+    error = (ops.conv3x3(**inputs, algorithm=algorithm, backend="native") - exact).norm() / exact.norm()
+    assert error <= bound
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_packed_is_the_same_to_the_bit(algorithm, generator, poisoned):
+    for shape in ((3, 33, 96, 9, 7), (1, 256, 256, 4, 4)):  # the second fills a huge page
+        inputs = channels_last(make(shape, generator))
+        expected = ops.conv3x3(**inputs, algorithm=algorithm, backend="native")
+        packed = ops.pack_conv3x3(inputs.pop("weight"), algorithm)
+        assert torch.equal(
+            ops.conv3x3_packed(inputs["x"], packed, inputs["bias"], plus=inputs["plus"]), expected
+        )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_image_is_the_same_in_any_batch_and_with_any_threads(algorithm, generator):
+    inputs = channels_last(make((5, 33, 96, 17, 19), generator))
+    run = {"algorithm": algorithm, "backend": "native"}
+    expected = ops.conv3x3(**inputs, **run)
+    alone = {name: v[3:4] if name in ("x", "plus") else v for name, v in inputs.items()}
+    assert torch.equal(ops.conv3x3(**alone, **run), expected[3:4])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.conv3x3(**inputs, **run), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_calls_at_once_share_nothing(generator, one_thread):
+    cases = [channels_last(make(shape, generator)) for shape in SHAPES]
+    cases = list(itertools.product(cases, ALGORITHMS)) * 3
+    expected = [ops.conv3x3(**inputs, algorithm=algorithm, backend="native") for inputs, algorithm in cases]
+    with ThreadPoolExecutor(4) as pool:
+        got = pool.map(lambda case: ops.conv3x3(**case[0], algorithm=case[1], backend="native"), cases)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def test_a_weight_in_another_layout(generator):
+    inputs = make((2, 33, 40, 5, 9), generator)
+    expected = ops.conv3x3(**inputs, backend="native")
+    inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ops.conv3x3(**inputs, backend="native"), expected)
+
+
+# ---- other dtypes, gradients, tracing ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_the_references(dtype, generator):
+    inputs = make((2, 33, 40, 5, 9), generator, dtype=dtype)
+    got = ops.conv3x3(**inputs)
+    assert got.dtype == dtype
+    check_error(got, inputs, "direct")
+    with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not"):
+        ops.conv3x3(**inputs, backend="native")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("given", [True, False])
+def test_gradients(backend, given, generator):
+    inputs = channels_last(make((2, 5, 7, 6, 9), generator, given=given))
+    leaves = {name: v.requires_grad_() for name, v in inputs.items() if v is not None}
+    upstream = torch.randn((2, 7, 6, 9), generator=generator)
+    got = torch.autograd.grad(ops.conv3x3(**inputs, backend=backend), list(leaves.values()), upstream)
+    exact = {name: v.detach().double().requires_grad_() for name, v in leaves.items()}
+    plain = eager(**{name: exact.get(name) for name in inputs})
+    expected = torch.autograd.grad(plain, list(exact.values()), upstream.double())
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_opcheck(algorithm, generator):
+    tile = ALGORITHMS[algorithm]
+    for shape in ((2, 5, 33, 6, 9), (1, 3, 7, 1, 1)):
+        inputs = channels_last(make(shape, generator))
+        packed = ops.pack_conv3x3(inputs["weight"], algorithm).weight
+        operands = inputs["x"], packed, inputs["bias"], inputs["plus"], shape[2], *tile
+        torch.library.opcheck(torch.ops.ddpm_fast.conv3x3_packed.default, operands)
+        torch.library.opcheck(
+            torch.ops.ddpm_fast.conv3x3_pack.default, (inputs["weight"], *tile, torch.empty_like(packed))
+        )
+        leaves = [v.requires_grad_() for v in inputs.values()]
+        torch.library.opcheck(torch.ops.ddpm_fast.conv3x3.default, (*leaves, *tile))
+        torch.library.opcheck(torch.ops.ddpm_fast.conv3x3.default, (*leaves[:2], None, None, *tile))
+
+
+def test_traces_whole(generator):
+    torch.compiler.reset()
+    inputs = channels_last(make((2, 5, 33, 6, 9), generator))
+    compiled = torch.compile(lambda **k: ops.conv3x3(**k, backend="native"), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(**inputs), ops.conv3x3(**inputs, backend="native"))
+
+
+# ---- bad input ----
+
+
+def good() -> dict:
+    return {"x": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    "change,error,words",
+    [
+        ({"x": torch.zeros(3, 5, 5)}, ValueError, r"x must .* got shape \(3, 5, 5\)"),
+        ({"x": torch.zeros(1, 2, 3, 5, 5)}, ValueError, r"x must be \(B, C_in, H, W\)"),
+        ({"x": torch.zeros(0, 3, 5, 5)}, ValueError, "x must be .* not empty"),
+        ({"x": torch.zeros(2, 3, 5, 5, dtype=torch.int64)}, TypeError, "x must be float32"),
+        ({"weight": torch.zeros(4, 3, 5, 5)}, ValueError, r"weight must be \(C_out, C_in, 3, 3\)"),
+        ({"weight": torch.zeros(4, 2, 3, 3)}, ValueError, r"weight must be \(C_out, 3, 3, 3\)"),
+        ({"weight": torch.zeros(4, 3, 3, 3).double()}, ValueError, "weight must be .*float32.*got.*float64"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias must be \(4,\)"),
+        ({"bias": 1.0}, TypeError, "bias must be a Tensor, got float"),
+        ({"plus": torch.zeros(2, 4, 5, 4)}, ValueError, r"plus must be \(2, 4, 5, 5\)"),
+        ({"plus": torch.zeros(2, 4, 5, 5).bfloat16()}, ValueError, "plus must be .*float32.*got.*bfloat16"),
+        ({"algorithm": "f6"}, ValueError, "algorithm='f6' is not known; allowed: direct, f2, f4x2, f4"),
+        ({"backend": "fast"}, ValueError, "backend='fast' is not known"),
+        ({"backend": "triton"}, RuntimeError, "it has no conv3x3 kernel"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
+)
+def test_bad_input(change, error, words):
+    with pytest.raises(error, match=words):
+        ops.conv3x3(**good() | change)
+
+
+def test_bad_input_to_a_packed_weight():
+    weight, x = good()["weight"], good()["x"]
+    packed = ops.pack_conv3x3(weight)
+    with pytest.raises(TypeError, match="packed must be what pack_conv3x3 returned, got Tensor"):
+        ops.conv3x3_packed(x, packed.weight)
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, H, W\) for such a weight"):
+        ops.conv3x3_packed(x[:, :2], packed)
+    with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*float64"):
+        ops.conv3x3_packed(x.double(), packed)
+    with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*bfloat16"):
+        ops.pack_conv3x3(weight.bfloat16())
+    with pytest.raises(ValueError, match=r"weight must be \(C_out, C_in, 3, 3\)"):
+        ops.pack_conv3x3(torch.zeros(4, 3, 1, 1))
+    with pytest.raises(ValueError, match="a packed weight does not have: use conv3x3"):
+        ops.conv3x3_packed(x.clone().requires_grad_(), packed)
+    with pytest.raises(ValueError, match="packed must be what conv3x3_pack made"):
+        torch.ops.ddpm_fast.conv3x3_packed(x, packed.weight[1:], None, None, 4, 2, 2)
+    with pytest.raises(ValueError, match="there are no tiles of 3 x 3 outputs"):
+        torch.ops.ddpm_fast.conv3x3_packed(x, packed.weight, None, None, 4, 3, 3)
+
+
+# ---- instruction sets, addresses ----
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_every_instruction_set_passes(isa):
+    """The best one runs in the other tests; the others are forced, each in its own process."""
+    if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"{isa} is an instruction set of x86-64")
+    names = "against_float64 or large_mean or packed_is or any_batch or fingerprint"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-k", names],
+        cwd=ROOT,
+        env=os.environ | {"DDPM_FAST_CPU": isa},
+        capture_output=True,
+        text=True,
+    )
+    if "this processor does not run it" in done.stdout:
+        pytest.skip(f"this processor does not run {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+PROGRAM = """
+#include "kernels/conv3x3.h"
+
+#include <cmath>
+#include <cstdio>
+#include <memory>
+
+using namespace ddpm_fast::cpu;
+
+// Exactly as many floats as are asked for: AddressSanitizer sees the first one too many.
+using Floats = std::unique_ptr<float[]>;
+Floats floats(int64_t count, uint32_t seed) {
+  Floats made(new float[count]);
+  for (int64_t k = 0; k < count; ++k) {
+    seed = seed * 1664525u + 1013904223u;
+    made[k] = static_cast<float>(seed >> 8) / (1 << 23) - 1;
+  }
+  return made;
+}
+
+double direct(
+    const Conv3x3Shape& s, const float* x, const float* w, int64_t b, int64_t k, int64_t r, int64_t c) {
+  double sum = 0;
+  for (int64_t i = 0; i < 3; ++i) {
+    for (int64_t j = 0; j < 3; ++j) {
+      const int64_t row = r + i - 1, column = c + j - 1;
+      if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+      const float* const pixel = x + ((b * s.height + row) * s.width + column) * s.in_channels;
+      for (int64_t p = 0; p < s.in_channels; ++p) {
+        sum += pixel[p] * w[((k * s.in_channels + p) * 3 + i) * 3 + j];
+      }
+    }
+  }
+  return sum;
+}
+
+template <int kDown, int kAcross>
+void check(const Conv3x3Shape& s, bool given) {
+  constexpr Conv3x3Kernels kernels = Conv3x3<kDown, kAcross>::kKernels;
+  const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
+  const int64_t pixels = s.batch * s.height * s.width;
+  const Floats x = floats(pixels * s.in_channels, 1), w = floats(9 * s.in_channels * s.out_channels, 2);
+  const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
+  const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
+  const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
+  kernels.pack(plan, w.get(), 0, plan.panels, packed.get());
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    kernels.transform(plan, x.get(), block, 0, plan.block, transformed.get());
+    kernels.run(
+        plan, transformed.get(), packed.get(), given ? bias.get() : nullptr,
+        given ? plus.get() : nullptr, y.get(), block, 0, plan.panels, products.get());
+  }
+  for (int64_t at = 0; at < pixels * s.out_channels; ++at) {
+    const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % s.width;
+    const int64_t r = pixel / s.width % s.height, b = pixel / s.width / s.height;
+    const double exact = direct(s, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
+    if (!(std::abs(y[at] - exact) < 1e-5 * (9 * s.in_channels + 2))) {
+      std::printf(
+          "%d x %d, %ld %ld %ld %ld %ld: %g, not %g\\n", kDown, kAcross, (long)s.batch, (long)s.height,
+          (long)s.width, (long)s.in_channels, (long)s.out_channels, y[at], exact);
+      std::exit(1);
+    }
+  }
+}
+
+int main() {
+#if defined(__AVX512F__)
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return 77;
+#elif defined(__AVX2__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 77;
+#endif
+  const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
+  const int64_t channels[][2] = {{3, 33}, {33, 3}, {16, 32}, {1, 1}, {35, 65}};
+  for (const auto& side : sides) {
+    for (const auto& c : channels) {
+      for (const int64_t batch : {1, 3}) {
+        const Conv3x3Shape shape = {side[0] > 8 ? 1 : batch, side[0], side[1], c[0], c[1]};
+        const bool given = batch == 1;
+        check<1, 1>(shape, given);
+        check<2, 2>(shape, given);
+        check<4, 2>(shape, given);
+        check<4, 4>(shape, given);
+      }
+    }
+  }
+}
+"""
+
+FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_under_address_sanitizer(isa, tmp_path):
+    if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"{isa} is an instruction set of x86-64")
+    (tmp_path / "main.cpp").write_text(PROGRAM)
+    program = tmp_path / "program"
+    sanitized = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
+    include = f"-I{ROOT / 'csrc' / 'cpu'}"
+    command = ["g++", "-std=c++20", *sanitized, *FLAGS[isa], include, "-include", "cstdlib"]
+    try:
+        probe = ["g++", *sanitized, "-x", "c++", "-", "-o", str(program)]
+        subprocess.run(probe, input="int main() {}", text=True, check=True, capture_output=True)
+        subprocess.run([program], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"g++ builds no program with AddressSanitizer: {error}")
+    command += [str(tmp_path / "main.cpp"), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(f"this processor does not run {isa}")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+# ---- fingerprint ----
+
+
+def test_a_fingerprint_sees_every_change(generator, one_thread):
+    x = torch.randn(3, 70_001, generator=generator)  # a span and a part of one
+    first = ops.fingerprint(x)
+    torch.set_num_threads(2)
+    assert ops.fingerprint(x.clone()) == first
+    changed = [x.neg(), x.mul(2), x[:, 1:], x.flip(0), torch.cat([x, x.new_zeros(1, 70_001)]), x.double()]
+    for at in (0, 1, 1000, 2**16 - 1, 2**16, x.numel() - 1):
+        for value in (x.view(-1)[at].neg(), x.view(-1)[at].nextafter(torch.tensor(9.0))):
+            one = x.clone()
+            one.view(-1)[at] = value
+            changed.append(one)
+    swapped = x.clone()
+    swapped.view(-1)[[0, 128]] = swapped.view(-1)[[128, 0]]
+    changed.append(swapped)
+    prints = [ops.fingerprint(v) for v in changed]
+    assert len({first, *prints}) == 1 + len(changed)
+    assert ops.fingerprint(torch.empty(0)) == ops.fingerprint(torch.empty(0))
+    with pytest.raises(TypeError, match="x must be a Tensor, got list"):
+        ops.fingerprint([1.0])

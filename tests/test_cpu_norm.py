@@ -1,0 +1,154 @@
+"""What the CPU's norm promises beyond the error rule: all of SiLU, a pilot anywhere, no autograd in vain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import check_error_rule
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_fast import ops, reference
+from ddpm_fast.ops import _dispatch
+
+pytestmark = pytest.mark.skipif(_dispatch.NATIVE_MISSING is not None, reason=str(_dispatch.NATIVE_MISSING))
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def silu_of(y: Tensor, dtype: torch.dtype, layout: str, pixels: int) -> Tensor:
+    """SiLU by the op: of a norm that is zero, shifted by y."""
+    x = torch.zeros(1, len(y), pixels, 1, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    got = ops.group_norm_silu(x, 1, shift=y[None], backend="native")
+    assert all(torch.equal(got[0, :, k], got[0, :, 0]) for k in range(pixels))
+    return got[0, :, 0, 0].double()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", [3, 16, 64])  # a partial register, one, and the loop of several
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_silu_over_its_whole_range(dtype, pixels, layout):
+    """The relative error is float32's, times |y| below zero (e^-y takes y's rounding), and one rounding.
+
+    bfloat16's kernel may add 4.5e-4, the estimate of a reciprocal. Below -85 nothing is left of it.
+    """
+    magnitudes = torch.logspace(-30, 4, 500)
+    dense = torch.linspace(-85, 100, 5001)
+    y = torch.cat([dense, magnitudes, -magnitudes[magnitudes < 85], torch.zeros(1)])
+    got, exact = silu_of(y, dtype, layout, pixels), F.silu(y.double())
+    error = (got - exact).abs()
+    allowed = (3 + y.double().clamp(max=0).abs()) * torch.finfo(torch.float32).eps * exact.abs()
+    if dtype != torch.float32:
+        allowed += torch.finfo(dtype).eps / 2 * exact.abs()
+    if dtype == torch.float16:
+        allowed += 2**-25  # half of its smallest subnormal
+    if dtype == torch.bfloat16:
+        allowed += 4.5e-4 * exact.abs()
+    worst = (error / allowed.clamp(min=1e-38)).argmax()
+    assert (error <= allowed + 1e-36).all(), f"silu({y[worst]}) = {got[worst]}, not {exact[worst]}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", [3, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_where_the_exponential_overflows(dtype, pixels, layout):
+    y = torch.tensor(
+        [-86.0, -88.0, -90.0, -128.0, -1e3, -1e10, -3e38, 90.0, 1e10, 3e38, torch.inf, torch.nan]
+    )
+    got = silu_of(y[:-1], dtype, layout, pixels)
+    assert (got[:7].abs() <= 1e-35).all() and (got[:7] <= 0).all()
+    torch.testing.assert_close(got[7:], y[7:-1].to(dtype).double())
+    x = torch.zeros(1, len(y), pixels, 1, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    nan = ops.group_norm_silu(x, 1, shift=y[None], backend="native").isnan()
+    assert nan[0, -1].all() and nan.sum() == pixels
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", [4, 16, 64])
+def test_a_nan_of_any_payload_stays(pixels, layout):
+    """Rounding 0x7fffffff to bfloat16 by its bits would give -0."""
+    weight = torch.ones(32)
+    weight.view(torch.int32)[5] = 0x7FFFFFFF
+    x = torch.randn(1, 32, pixels, 1).bfloat16().contiguous(memory_format=LAYOUTS[layout])
+    nan = ops.group_norm_silu(x, 8, weight, backend="native").isnan()
+    assert nan[0, 5].all() and nan.sum() == pixels
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("size", [4, 16, 32])
+@pytest.mark.parametrize("first", [1e-3, 1.0, 1e3])
+def test_a_pilot_far_from_the_mean(first, size, add, layout, generator):
+    """The first eighth of the pixels, which the sums run about, is of another mean; and of one as large."""
+    for mean in (0.0, 1e4):
+        x = mean + 1e-2 * torch.randn(2, 40, size, size, generator=generator, dtype=torch.float64)
+        x[:, :, : max(1, size // 8)] += first
+        x = x.float().contiguous(memory_format=LAYOUTS[layout])
+        plus = torch.randn(2, 40, generator=generator) if add else None
+        given = {"num_groups": 8, "add": plus}
+        exact = reference.group_norm_silu(
+            x.double(), num_groups=8, add=None if plus is None else plus.double()
+        )
+        got = ops.group_norm_silu(x, **given, backend="native")
+        error = (got - exact).abs().max().item()
+        assert error <= 32 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+def test_bfloat16_pairs_of_every_width(generator):
+    """Channels, groups and borders of two sources at every place of a register."""
+    for channels in range(1, 81):
+        for skip in (0, 1, 15, 16, 33):
+            x = torch.randn(2, channels, 3, 3, generator=generator).bfloat16()
+            x = x.contiguous(memory_format=torch.channels_last)
+            other = torch.randn(2, skip, 3, 3, generator=generator).bfloat16()
+            both = torch.cat([x, other], 1)
+            groups = next(g for g in (5, 4, 3, 2, 1) if both.shape[1] % g == 0)
+            plus = torch.randn(2, both.shape[1], generator=generator).bfloat16()
+            if skip:
+                got = ops.group_norm_silu_concat(x, other, groups, add=plus, backend="native")
+            else:
+                got = ops.group_norm_silu(x, groups, add=plus, backend="native")
+            eager = F.silu(F.group_norm(both + plus[:, :, None, None], groups))
+            exact = reference.group_norm_silu(both.double(), groups, add=plus.double())
+            check_error_rule(got, eager, exact, f"{channels} + {skip} channels")
+
+
+class Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_a_gradient_autograd_is_left_out(generator):
+    x, weight = torch.randn(2, 8, 4, 4, generator=generator), torch.ones(8, requires_grad=True)
+
+    def run(weight: Tensor, name: str) -> Tensor:
+        with Names() as names:
+            y = ops.group_norm_silu(x, 4, weight)
+        assert names.seen == [f"ddpm_fast.{name}.default"]
+        return y
+
+    y = run(weight, "group_norm_silu")
+    assert y.requires_grad
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(run(weight, "group_norm_silu_forward"), y)
+    assert torch.equal(run(weight.detach(), "group_norm_silu_forward"), y)
+
+
+def test_opcheck_of_the_forward_ops(generator):
+    x, weight = torch.randn(2, 8, 4, 4, generator=generator), torch.ones(8)
+    args = (weight, weight, 1e-5, None, None, None, True)
+    torch.library.opcheck(torch.ops.ddpm_fast.group_norm_silu_forward.default, (x, 4, *args))
+    both = torch.ones(16)
+    args = (both, both, 1e-5, None, None, None, True, True)
+    torch.library.opcheck(torch.ops.ddpm_fast.group_norm_silu_concat_forward.default, (x, x, 4, *args))
+    t, table = torch.tensor([3, 4]), torch.rand(10, 2, generator=generator)
+    torch.library.opcheck(torch.ops.ddpm_fast.q_sample_forward.default, (x, x, t, table))
+    seeds = (torch.tensor(1), torch.arange(2))
+    torch.library.opcheck(torch.ops.ddpm_fast.q_sample_counter_forward.default, (x, t, table, *seeds))
