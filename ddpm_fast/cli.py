@@ -1,4 +1,4 @@
-"""``ddpm-fast sample | verify | bench | info``: from a checkpoint to pictures, without a line of Python."""
+"""``ddpm-fast sample | train | verify | bench | info``: models and pictures, without a line of Python."""
 
 from __future__ import annotations
 
@@ -76,6 +76,51 @@ def sample(
     pictures.write(torch.cat(images), out, form, first_image)
     kind = f"{sampler.table.method}, {len(sampler.table)} steps, {device}"
     typer.echo(f"{out}: {n} images in {seconds:.2f} s, {n / seconds:.1f} images/s ({kind})")
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="CONFIG.toml; or give --preset.", show_default=False)
+    ] = None,
+    preset: Annotated[str | None, _option("digits | cifar10 | s-curve.")] = None,
+    data: Annotated[str | None, _option("A folder of images, or an .npz; default: the config's.")] = None,
+    out: Annotated[Path | None, _option("The run's folder; default: runs/NAME.")] = None,
+    updates: Annotated[int | None, _option("In all; default: the config's.")] = None,
+    seed: Annotated[int | None, _option("Default: the config's.")] = None,
+    changes: Annotated[
+        list[str] | None, _option("KEY=VALUE over the config's, as optimizer.lr=1e-4; many.", "--set")
+    ] = None,
+    resume: Annotated[str | None, _option("auto: go on where --out ended; or a checkpoint's folder.")] = None,
+    strict: Annotated[bool, _option("An image that cannot be read is an error.", "--strict")] = False,
+    device: Annotated[str | None, _option("Default: cuda if there is one, else cpu.")] = None,
+    export: Annotated[str | None, _option("diffusers: in the end also a pipeline, in OUT/diffusers.")] = None,
+) -> None:
+    """Train a model; under torchrun in several processes."""
+    from . import training  # loads what no other command needs
+
+    if (config is None) == (preset is None):
+        raise ValueError("give CONFIG.toml or --preset, one of the two")
+    if export not in (None, "diffusers"):
+        raise ValueError(f"--export {export!r} is not known; allowed: diffusers")
+    given = {"data": data, "updates": updates, "seed": seed}
+    over = training.parse_changes(changes or []) | {k: v for k, v in given.items() if v is not None}
+    chosen = training.Config.read(preset or config, over)
+    if export is not None and chosen.unet is None:
+        raise ValueError("--export is for U-Nets: the config has no [unet]")
+    out = out or Path("runs") / (preset or config.stem)
+    with training.joined(_device(device)) as (processes, device):
+        trainer = training.Trainer(
+            chosen, out, device=device, processes=processes, resume=resume, strict=strict
+        )
+        begun, start = trainer.update, time.perf_counter()
+        model = trainer.fit()
+        if not processes.first:
+            return
+        if export is not None:
+            checkpoint.save_diffusers(out / "diffusers", model, trainer.schedule, chosen.settings())
+        done, seconds = trainer.update - begun, time.perf_counter() - start
+        typer.echo(f"{trainer.last_checkpoint}: {done} updates in {seconds:.1f} s ({device})")
 
 
 @app.command()

@@ -50,7 +50,7 @@ def _backend(op: str, device: str) -> str:
     if chosen == "reference":
         why = _dispatch.why_not(op, "native", device, dtype)
     elif device == "cpu":
-        why = "the fastest in benchmarks/bench_ops.py"
+        why = "the fastest by `ddpm-fast bench ops`"
     else:
         why = "moves the fewest bytes; its time is not measured"
     return f"{chosen} ({why})"

@@ -65,7 +65,7 @@ def picture(pixels: np.ndarray) -> Image.Image:
 
 
 def grid(pixels: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """(N, H, W, C) uint8 as one picture, near-square unless it has ``columns``, a light line between tiles."""
+    """(N, H, W, C) uint8 as one picture, ``columns`` wide or near-square, a light line between tiles."""
     count, height, width, channels = pixels.shape
     zoom = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
     pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -10,6 +10,10 @@ import torch
 if not torch.cuda.is_available():  # before triton is imported: its interpreter stands for a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what it starts
+    torch.set_num_threads(1)
+
 from ddpm_fast.ops import _dispatch
 
 

@@ -28,6 +28,7 @@ from ddpm_fast.compat.diffusers import (  # noqa: E402
     DPMSolverMultistepScheduler,
     accelerate,
 )
+from ddpm_fast.compat.diffusers.networks import Network  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -423,6 +424,21 @@ def reprocessed():
     return model
 
 
+def tiling():
+    """A picture whose edges meet, as many make Stable Diffusion's."""
+    model = unet()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            part.padding_mode = "circular"
+    return model
+
+
+def activated():
+    model = unet()
+    model.mid_block.resnets[0].nonlinearity = torch.nn.Tanh()
+    return model
+
+
 @pytest.mark.parametrize(
     "make,reason",
     [
@@ -431,8 +447,10 @@ def reprocessed():
         (patched, "conv_out has a hook or a forward of its own"),
         (lambda: Doubled(**SMALL).eval(), "Doubled is not UNet2DModel"),
         (reprocessed, r"mid_block\.attentions\.0\.processor is Processor"),
+        (tiling, "conv_in.padding_mode is 'circular', by the config 'zeros'"),
+        (activated, "nonlinearity is Tanh, by the config SiLU"),
     ],
-    ids=["block", "hook", "patch", "subclass", "processor"],
+    ids=["block", "hook", "patch", "subclass", "processor", "attribute", "part"],
 )
 def test_a_unet_that_is_not_converted_runs_as_it_is(make, reason):
     model = make()
@@ -476,6 +494,41 @@ def test_a_run_that_is_no_table(small, scheduler, reason):
         for options in ({"dtype": torch.bfloat16}, {"noise": "counter", "seeds": [1]}):
             with pytest.raises(ValueError, match=f"needs a run that is a table of steps. .*{reason}"):
                 ours(num_inference_steps=2, **options)
+
+
+@pytest.mark.parametrize("name", ["step", "_get_variance"])
+def test_a_method_replaced_on_the_scheduler_is_called(small, name):
+    theirs, ours = both(DDPMPipeline, small, DDPMScheduler())
+    pictures = []
+    for pipe in (theirs, ours):
+        own = getattr(pipe.scheduler, name)
+
+        def halved(*args, own=own, **kwargs):
+            made = own(*args, **kwargs)
+            if torch.is_tensor(made):
+                return made / 2
+            made.prev_sample /= 2
+            return made
+
+        setattr(pipe.scheduler, name, halved)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            pictures.append(pipe(2, seeded("one", 2), 4, "np").images)
+    assert f"its {name} has been replaced" in str(said(told).message)
+    np.testing.assert_allclose(*pictures, rtol=0, atol=1e-5)
+
+
+def test_two_threads_may_call_one_pipeline(small, monkeypatch):
+    pipe = quiet(DDIMPipeline, small, DDIMScheduler())
+    refresh = Network.refresh
+
+    def interrupted(network):
+        refresh(network)
+        pipe._network = None  # as the call of another thread begins
+
+    monkeypatch.setattr(Network, "refresh", interrupted)
+    for _ in range(2):
+        assert len(pipe(num_inference_steps=1).images) == 1
 
 
 def test_float64_takes_diffusers_steps():

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install ddpm_fast[test]")
 
@@ -21,7 +22,7 @@ from test_graph_safety import Refuse  # noqa: E402
 from ddpm_fast import Schedule, ops, steps  # noqa: E402
 from ddpm_fast.compat import diffusers as ours  # noqa: E402
 from ddpm_fast.compat.diffusers import schedulers as our_module  # noqa: E402
-from ddpm_fast.compat.diffusers.tables import NotATable, step_table  # noqa: E402
+from ddpm_fast.compat.diffusers.tables import NotATable, ddim_rows, step_table  # noqa: E402
 
 # numpy about diffusers, when it lays out sigmas
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -270,6 +271,33 @@ def test_a_trace_goes_through():
     near(noised, theirs.add_noise(X, OUT, times))
 
 
+def test_torch_func_and_forward_mode_derive_as_in_diffusers():
+    x, dx = normal(2, seed=6)
+    times = torch.tensor([5, 6, 7])
+
+    def derivatives(scheduler):
+        def step(x):
+            out = scheduler.step(OUT, scheduler.timesteps[3], x, generator=seeded(), return_dict=False)
+            return out[0].square()
+
+        def noised(x):
+            return scheduler.add_noise(x, OUT, times).square()
+
+        for f in (step, noised):
+            yield torch.func.jvp(f, (x,), (dx,))[1]
+            yield torch.func.grad(lambda x, f=f: f(x).sum())(x)
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, dx))).tangent
+            yield tangent
+        yield torch.func.vmap(lambda x, out: scheduler.add_noise(x, out, times[:1]))(X[:, None], OUT[:, None])
+
+    for name in NAMES:
+        mine, theirs = (derivatives(scheduler) for scheduler in pair(name))
+        for got, expected in zip(mine, theirs, strict=True):
+            assert expected.any()
+            near(got, expected, 1e-4)
+
+
 # Bad input
 
 
@@ -362,6 +390,9 @@ def test_bad_input_of_the_forward_process_raises_as_in_diffusers():
     for scheduler in pair("DDPMScheduler"):
         with pytest.raises(RuntimeError):
             scheduler.add_noise(X, OUT[:, :2], torch.tensor([0, 1, 2]))
+    for scheduler in pair("DPMSolverMultistepScheduler"):
+        with pytest.raises(TypeError, match="0-d"):
+            scheduler.add_noise(X, OUT, torch.tensor(3))
 
 
 # Waiting for a device, and what is kept
@@ -447,10 +478,32 @@ def test_the_tables_are_made_once():
     mine = pair("DDPMScheduler")[0]
     mine.step(OUT, 900, X)
     mine.add_noise(X, OUT, torch.tensor([1, 2, 3]))
-    kept = mine._kept_run[1], mine._kept_levels[1]
+    kept = dict(mine._kept_run[1]), mine._kept_levels[1]
     mine.step(OUT, 800, X)
     mine.get_velocity(X, OUT, torch.tensor([1, 2, 3]))
-    assert kept == (mine._kept_run[1], mine._kept_levels[1])
+    assert len(kept[0]) == 1 and kept == (mine._kept_run[1], mine._kept_levels[1])
+
+
+def test_an_eta_for_each_step_lays_out_few_runs(monkeypatch):
+    laid_out = []
+
+    def rows(*args):
+        laid_out.append(args)
+        return ddim_rows(*args)
+
+    monkeypatch.setattr(our_module, "ddim_rows", rows)
+    mine, theirs = pair("DDIMScheduler", 20)
+    for _ in range(2):
+        for i, t in enumerate(theirs.timesteps):
+            for eta in (0.0, i / 20):
+                got, expected = (
+                    s.step(OUT, t, X, eta=eta, generator=seeded()).prev_sample for s in (mine, theirs)
+                )
+                near(got, expected)
+    assert len(laid_out) == 4
+    mine.set_timesteps(20)
+    mine.step(OUT, 900, X, eta=0.9)
+    assert len(laid_out) == 5
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda s: pickle.loads(pickle.dumps(s))])

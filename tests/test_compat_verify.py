@@ -614,7 +614,7 @@ def found_with(original, ours):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_the_picture(tmp_path, channels):
-    original = np.random.default_rng(0).integers(0, 200, (2, channels, 32, 32))
+    original = np.random.default_rng(0).integers(0, 200, (4, channels, 32, 32))
     ours = original.copy()
     ours[0, 0, 3, 5] += 1
     original[0, 0, 4, 5] += 2
@@ -622,12 +622,12 @@ def test_the_picture(tmp_path, channels):
     out = tmp_path / "new" / "a.png"
     found_with(original, ours).save_picture(out)
     assert [file.name for file in out.parent.iterdir()] == ["a.png"]
-    picture = np.asarray(Image.open(out)).astype(int).reshape(2 * 34 + 2, 3 * 34 + 2, channels)
+    picture = np.asarray(Image.open(out)).astype(int).reshape(4 * 34 + 2, 3 * 34 + 2, channels)
     difference = np.zeros_like(original)
     difference[0, 0, 3, 5], difference[0, 0, 4, 5] = verification.AMPLIFIED, 2 * verification.AMPLIFIED
     difference[1, channels - 1, 31, 31] = 255
     difference[:, 3:] = 255  # opaque
-    for row in range(2):
+    for row in range(4):
         for column, images in enumerate((original, ours, difference)):
             top, left = 2 + 34 * row, 2 + 34 * column
             tile = picture[top : top + 32, left : left + 32]

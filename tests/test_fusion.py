@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from op_cases import check_error_rule
 from torch import nn
+from torch.autograd import forward_ad
 
 import ddpm_fast
 from ddpm_fast import fuse, unfuse
@@ -396,6 +397,66 @@ class HasState(Block):
         return self.swish(self.norm(x))
 
 
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Softsign(nn.Module):
+    def forward(self, x):
+        return x / (1 + x.abs())
+
+
+class WrapsAnother(Block):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Wrapper(Swish()), Wrapper(Softsign())
+
+    def forward(self, x, t):
+        h = self.first(self.norms[0](x))
+        return self.second(self.norm(h))
+
+
+class ByClass(nn.Module):
+    kind = "silu"
+
+    def forward(self, x):
+        return F.silu(x) if self.kind == "silu" else F.relu(x)
+
+
+class ByItsSubclass(ByClass):
+    kind = "relu"
+
+
+class InheritsAForward(Block):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = ByClass(), ByItsSubclass()
+
+    def forward(self, x, t):
+        h = self.first(self.norms[0](x))
+        return self.second(self.norm(h))
+
+
+class Bounding(nn.Module):
+    def forward(self, x):
+        x.clamp_(-0.1, 0.1)
+        return F.silu(x)
+
+
+class HasAnEffect(Block):
+    def __init__(self):
+        super().__init__()
+        self.second = Bounding()
+
+    def forward(self, x, t):
+        return self.second(self.norm(x))
+
+
 class Dropped(Block):
     def forward(self, x, t):
         _ = self.norm(x)
@@ -467,6 +528,9 @@ LEFT = {
     GainFirst: SEEN,
     HasFixedEps: "FixedEps is not known to compute just a GroupNorm",
     HasState: SEEN,
+    WrapsAnother: SEEN,
+    InheritsAForward: SEEN,
+    HasAnEffect: SEEN,
     Dropped: "its output does not reach a SiLU",
     Unnamed: "no method of Unnamed calls it by its name",
     SeesLocals: "SeesLocals.forward is left: it calls locals",
@@ -535,6 +599,37 @@ def test_a_later_change_is_seen(change, calls, generator):
     change(plain)
     x, t = inputs(generator)
     assert torch.equal(fused(x, t), plain(x, t)) and not calls
+
+
+def test_the_modules_run_where_they_are_watched(calls, generator):
+    """By torch.func, by forward mode, and by hooks of all modules."""
+    model = randomise(TimeBefore())
+    x, t = inputs(generator)
+    dx = torch.randn(x.shape, generator=generator)
+
+    def seen():
+        yield torch.func.jvp(lambda x: model(x, t), (x,), (dx,))[1]
+        yield torch.func.grad(lambda x: model(x, t).square().sum())(x)
+        yield torch.func.vmap(model)(x[:, None], t[:, None])
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, dx), t)).tangent
+        yield tangent
+        double = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: output * 2 if isinstance(module, nn.GroupNorm) else None
+        )
+        try:
+            yield model(x, t)
+        finally:
+            double.remove()
+
+    before = list(seen())
+    assert all(each.any() for each in before)
+    assert fuse(model).fused
+    for got, expected in zip(seen(), before, strict=True):
+        assert torch.equal(got, expected)
+    assert not calls
+    model(x, t)
+    assert calls
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ddpm_fast.ops import _dispatch
 from ddpm_fast.training import TrainStep
 
 T = 10
+CLIP = 0.8  # some norms are above and some below
 SCHEDULE = Schedule.sigmoid_betas(T, 1e-3, 0.3)
 
 
@@ -47,7 +48,7 @@ def groups(model: Net):
     return [{"params": rest}, {"params": biases, "lr": 3e-2, "weight_decay": 0.0}]
 
 
-def make(optimizer: str, compile: bool, clip: float | None = 0.5) -> TrainStep:
+def make(optimizer: str, compile: bool, clip: float | None = CLIP) -> TrainStep:
     torch.manual_seed(0)
     model = Net()
     return TrainStep(model, Loss(SCHEDULE), OPTIMIZERS[optimizer](groups(model)), clip=clip, compile=compile)
@@ -94,7 +95,7 @@ def test_the_update_is_torchs(optimizer):
         other.optimizer.zero_grad()
         loss = (weight * other.loss(other.model, x0, t, seed=7, image_index=16 * k)).mean()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for g in groups(other.model) for p in g["params"]], 0.5)
+        norm = nn.utils.clip_grad_norm_([p for g in groups(other.model) for p in g["params"]], CLIP)
         other.optimizer.step()
         expected.append(torch.stack([loss.detach(), norm]))
     assert torch.equal(found, torch.stack(expected))
@@ -107,7 +108,9 @@ def test_compiled_it_is_the_same(optimizer, one_thread):
     needs_a_compiler()
     plain, compiled = make(optimizer, False), make(optimizer, True)
     before = torch.get_rng_state()
-    torch.testing.assert_close(train(compiled, range(12)), train(plain, range(12)), rtol=1e-5, atol=1e-6)
+    got, expected = train(compiled, range(12)), train(plain, range(12))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert expected[1:, 1].min() < CLIP < expected[1:, 1].max()
     assert torch.equal(torch.get_rng_state(), before)  # to compile draws nothing: a run that resumes repeats
     compare(plain, compiled)
     assert len(compiled._compiled) == 1
@@ -129,6 +132,33 @@ def test_a_checkpoint_goes_from_one_to_the_other(one_thread):
     assert len(compiled._compiled) == 2
 
 
+def test_parts_are_the_whole():
+    """Without the batch norm, whose statistics are a part's own."""
+    found = []
+    for size in (16, 4):
+        step = make("adam", False)
+        step.model.norm = nn.Identity()
+        x0, t = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)), torch.arange(16) % T
+        losses = [
+            step.backward(x0[k : k + size], t[k : k + size], share=size / 16, seed=0, image_index=k)
+            for k in range(0, 16, size)
+        ]
+        found.append((torch.stack(losses).sum(), step.finish(), step.model.first.weight.detach()))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_autocast_is_around_the_model(compile, one_thread):
+    if compile:
+        needs_a_compiler()
+    plain, half = make("adam", False), make("adam", compile)
+    half.autocast = torch.bfloat16
+    got, expected = train(half, range(3)), train(plain, range(3))
+    assert got.dtype == torch.float32 and not torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
 def test_an_update_asks_the_host_nothing():
     torch.manual_seed(0)
     model = Net()
@@ -145,6 +175,7 @@ def test_an_update_asks_the_host_nothing():
         ({"loss": nn.MSELoss()}, TypeError, "loss must be of type Loss"),
         ({"optimizer": "adam"}, TypeError, "optimizer must be of type Optimizer"),
         ({"clip": 0.0}, ValueError, "clip must be None or above 0"),
+        ({"autocast": torch.float16}, ValueError, "autocast must be None or bfloat16"),
         ({"compile": 1}, TypeError, "compile must be of type bool"),
         ({"compile": True, "optimizer": "sgd"}, ValueError, "takes torch's Adam or AdamW, got SGD"),
         ({"compile": True, "optimizer": "amsgrad"}, ValueError, "without amsgrad"),

@@ -67,17 +67,26 @@ class Workspace {
 
 const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 
+Workspace& for_tiles() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+Workspace& for_products() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
 // With blocks for every thread a thread takes whole ones, and nothing waits. With fewer, all tiles are
 // transformed, and then each thread takes panels of output channels: it reads their weights alone.
 void run(
     const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const float* x, const float* packed,
     const float* bias, const float* plus, float* y) {
-  thread_local Workspace for_tiles, for_products;
   const int64_t blocks = plan.blocks;
   if (blocks >= static_cast<int64_t>(torch::stable::get_num_threads())) {
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-      float* const transformed = for_tiles.floats(plan.transformed);
-      float* const products = for_products.floats(plan.products);
+      float* const transformed = for_tiles().floats(plan.transformed);
+      float* const products = for_products().floats(plan.products);
       for (int64_t block = first; block < last; ++block) {
         kernels.transform(plan, x, block, 0, plan.block, transformed);
         kernels.run(plan, transformed, packed, bias, plus, y, block, 0, plan.panels, products);
@@ -85,7 +94,7 @@ void run(
     });
     return;
   }
-  float* const transformed = for_tiles.floats(blocks * plan.transformed);
+  float* const transformed = for_tiles().floats(blocks * plan.transformed);
   torch::stable::parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
       const int64_t begin = block * plan.block;
@@ -95,7 +104,7 @@ void run(
     }
   });
   torch::stable::parallel_for(0, plan.panels * blocks, 1, [&](int64_t first, int64_t last) {
-    float* const products = for_products.floats(plan.products);
+    float* const products = for_products().floats(plan.products);
     for (int64_t task = first; task < last; ++task) {
       const int64_t panel = task / blocks, block = task % blocks;
       kernels.run(

@@ -6,35 +6,10 @@
 
 #include "../common.h"
 #include "../layout.h"
-#include "kernels.h"
+#include "group_norm.h"
 
 namespace ddpm_fast {
 namespace {
-
-// A (C,) or (B, C) operand as contiguous float32, or nothing.
-class Channels {
- public:
-  Channels(const char* name, const OptionalTensor& values, int64_t size) {
-    if (!values) return;
-    check(values->numel() == size, name, " must have ", size, " elements");
-    values_ = as_contiguous(*values);
-    const Dtype dtype = dtype_of(name, *values_);
-    if (dtype == Dtype::kFloat) {
-      data_ = static_cast<const float*>(values_->const_data_ptr());
-    } else {
-      converted_.resize(size);
-      cpu::kernels().load(dtype, values_->const_data_ptr(), converted_.data(), size);
-      data_ = converted_.data();
-    }
-  }
-
-  const float* at(int64_t element) const { return data_ == nullptr ? nullptr : data_ + element; }
-
- private:
-  OptionalTensor values_;
-  std::vector<float> converted_;
-  const float* data_ = nullptr;
-};
 
 // The norm of x, or of [x, skip], into y, like it; concat, where given, gets [x, skip] itself.
 std::tuple<Tensor, OptionalTensor> norm(
@@ -84,7 +59,6 @@ std::tuple<Tensor, OptionalTensor> norm(
   const auto into = [&](int64_t element) { return mutable_at(y, dtype, element); };
   const auto copied = [&](int64_t element) { return concat ? mutable_at(*concat, dtype, element) : nullptr; };
   const cpu::Kernels& kernels = cpu::kernels();
-  constexpr int64_t kElementsPerThread = 8192;
 
   if (!channels_last) {
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (group * pixels));
@@ -101,18 +75,13 @@ std::tuple<Tensor, OptionalTensor> norm(
     return {y, concat};
   }
 
-  // An image goes whole to a thread where there are images enough; else its groups are split, by cache lines.
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t parts = 1;
-  if (batch % threads != 0 && batch < 4 * threads) parts = std::min(threads, num_groups);
-  while (parts > 1 && channels / parts < 32) --parts;
-  const int64_t part = (num_groups + parts - 1) / parts * group;
+  const int64_t part = channels_together(batch, channels, group);
+  const int64_t parts = (channels + part - 1) / part;
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (part * pixels));
   torch::stable::parallel_for(0, batch * parts, grain, [&](int64_t first, int64_t last) {
     thread_local std::vector<double> scratch;
     for (int64_t k = first; k < last; ++k) {
       const int64_t b = k / parts, c = k % parts * part, width = std::min(part, channels - c);
-      if (width <= 0) continue;
       const size_t needed = cpu::group_norm_scratch(width) / 2;
       if (scratch.size() < needed) scratch.resize(needed);
       const int64_t element = b * channels * pixels + c;

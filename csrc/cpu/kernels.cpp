@@ -7,6 +7,7 @@
 #include "kernels/convert.h"
 #include "kernels/fingerprint.h"
 #include "kernels/group_norm_silu.h"
+#include "kernels/group_norm_silu_backward.h"
 #include "kernels/noise.h"
 #include "kernels/posterior_step.h"
 #include "kernels/q_sample.h"
@@ -44,6 +45,35 @@ void group_norm_nchw_any(
   if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
 }
 
+void group_norm_backward_nhwc_any(
+    Dtype dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t stride,
+    int64_t channels, int64_t channels_per_group, const GroupNormArgs& args,
+    const GroupNormGradients& gradients, float* scratch) {
+  const auto run = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    group_norm_backward_nhwc(
+        static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<T*>(grad_x), pixels, stride,
+        channels, channels_per_group, args, gradients, scratch);
+  };
+  if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
+  if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));
+  if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
+}
+
+void group_norm_backward_nchw_any(
+    Dtype dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t channels_per_group,
+    int64_t groups, const GroupNormArgs& args, const GroupNormGradients& gradients, float* scratch) {
+  const auto run = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    group_norm_backward_nchw(
+        static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<T*>(grad_x), pixels,
+        channels_per_group, groups, args, gradients, scratch);
+  };
+  if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
+  if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));
+  if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
+}
+
 }  // namespace
 
 extern const Kernels DDPM_FAST_ISA;
@@ -58,6 +88,8 @@ const Kernels DDPM_FAST_ISA = {
     posterior_step<double>,
     group_norm_nhwc_any,
     group_norm_nchw_any,
+    group_norm_backward_nhwc_any,
+    group_norm_backward_nchw_any,
     {Conv3x3<1, 1>::kKernels, Conv3x3<2, 2>::kKernels, Conv3x3<4, 2>::kKernels, Conv3x3<4, 4>::kKernels},
     fingerprint,
 };

@@ -29,6 +29,10 @@ struct GroupNormArgs {  // pointers at the first channel of the span, null where
   bool silu;
 };
 
+struct GroupNormGradients {  // likewise; of one sample
+  float *weight, *bias, *add, *scale, *shift;
+};
+
 // Channels that lie together: a norm reads x, and after it the skip of a virtual concatenation.
 struct GroupNormSource {
   const void* data;
@@ -97,6 +101,14 @@ struct Kernels {
       Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&);
 
+  // their gradients, of one source. scratch: group_norm_backward_scratch(channels) floats, 8-byte aligned
+  void (*group_norm_backward_nhwc)(
+      Dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t stride, int64_t channels,
+      int64_t channels_per_group, const GroupNormArgs&, const GroupNormGradients&, float* scratch);
+  void (*group_norm_backward_nchw)(
+      Dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t channels_per_group,
+      int64_t groups, const GroupNormArgs&, const GroupNormGradients&, float* scratch);
+
   Conv3x3Kernels conv3x3[4];
 
   uint64_t (*fingerprint)(const void* data, int64_t bytes);
@@ -105,6 +117,7 @@ struct Kernels {
 // Eleven floats a channel, with two sources' last registers filled up to 32 channels.
 constexpr int64_t padded_channels(int64_t channels) { return (channels + 2 * 31 + 63) / 64 * 64; }
 constexpr int64_t group_norm_scratch(int64_t channels) { return 11 * padded_channels(channels); }
+constexpr int64_t group_norm_backward_scratch(int64_t channels) { return 22 * padded_channels(channels); }
 
 // The table in use: the best this processor runs, or the one that DDPM_FAST_CPU names.
 const Kernels& kernels();

@@ -96,4 +96,5 @@ def _curves(axes: Any, picture: Picture, rows: list[Row]) -> None:
     axes.set_xlabel(picture.x)
     axes.set_ylabel(UNITS.get(picture.y, ("", 1))[0])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if picture.series:
+        axes.legend(fontsize=8)

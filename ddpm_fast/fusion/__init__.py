@@ -56,7 +56,11 @@ def fuse(model: nn.Module) -> Fusion:
 
     Parameters, buffers and the state dict stay; a copy by ``copy.deepcopy`` is fused, with its own weights,
     and what comes back from a pickle is not. It may be called again, as after a change to the model's
-    modules. ``torch.compile`` comes after it. As the op, it is differentiable once, in reverse mode.
+    modules. ``torch.compile`` comes after it. As the op, it is differentiable in reverse mode; to forward
+    mode and ``torch.func`` the modules show themselves.
+
+    A fused module refers to itself: a shallow copy, as ``nn.DataParallel`` makes, would run the original's
+    parts (`unfuse` it first), and a model that is let go waits for the garbage collector.
 
     Args:
         model: any module. SiLU may be ``nn.SiLU``, ``F.silu``, ``x * sigmoid(x)``, or a module or function

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-_UPCASTS: dict[Callable, bool] = {nn.GroupNorm.forward: False}
-"""The forwards that are a GroupNorm, and whether each computes in float32 and casts back."""
+_UPCASTS: dict[type[nn.GroupNorm], bool] = {nn.GroupNorm: False}
+"""The classes that are a GroupNorm, and whether each computes in float32 and casts back."""
 
 
 def swish(x: torch.Tensor) -> torch.Tensor:
@@ -21,10 +21,11 @@ def swish(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(x)
 
 
-_SILUS: set[Callable] = {F.silu, nn.SiLU.forward, swish}
+_SILUS: set[Callable] = {F.silu, nn.SiLU, swish}
+"""The functions, and the classes of modules, that are SiLU."""
 
 _CASTS = ("float", "to", "type", "type_as")
-_NORM_STATE = frozenset(vars(nn.GroupNorm(1, 1)))
+_NORM_STATE = frozenset({*vars(nn.GroupNorm(1, 1)), "weight", "bias"})
 _SILU_STATE = frozenset(vars(nn.SiLU()))
 
 
@@ -44,17 +45,17 @@ def plain(module: nn.Module) -> bool:
 
 def is_known_norm(f: Any) -> bool:
     """Whether `f` is a module that `why_not_norm` has found to be a GroupNorm, and that is still plain."""
-    return isinstance(f, nn.GroupNorm) and type(f).forward in _UPCASTS and plain(f)
+    return isinstance(f, nn.GroupNorm) and _class_of(f, nn.GroupNorm) in _UPCASTS and plain(f)
 
 
 def upcasts(norm: nn.GroupNorm) -> bool:
-    return _UPCASTS[type(norm).forward]
+    return _UPCASTS[_class_of(norm, nn.GroupNorm)]
 
 
 def is_known_silu(f: Any) -> bool:
     """Whether `f` is what `is_silu` has found to be SiLU, and still plain."""
     if isinstance(f, nn.Module):
-        return type(f).forward in _SILUS and plain(f)
+        return _class_of(f, nn.SiLU) in _SILUS and plain(f)
     return isinstance(f, FunctionType) and f in _SILUS
 
 
@@ -64,28 +65,40 @@ def why_not_norm(module: nn.GroupNorm) -> str | None:
         return "it has hooks"
     if not plain(module):
         return "its forward has been replaced"
-    forward = type(module).forward
-    if forward not in _UPCASTS:
-        found = _upcasts(module) if _NORM_STATE.issuperset(vars(module)) else None
-        if found is None:
-            return f"{type(module).__name__} is not known to compute just a GroupNorm"
-        _UPCASTS[forward] = found
+    kind = _class_of(module, nn.GroupNorm)
+    if kind is nn.GroupNorm:
+        return None
+    if kind not in _UPCASTS and (found := _upcasts(module)) is not None:
+        _UPCASTS[kind] = found
+    if kind not in _UPCASTS or not _NORM_STATE.issuperset(_state(module)):
+        return f"{type(module).__name__} is not known to compute just a GroupNorm"
     return None
 
 
 def is_silu(f: Any) -> bool:
     """Whether calling `f` on one tensor gives its SiLU: torch's own, or `x * sigmoid(x)` written out."""
     if isinstance(f, nn.Module):
-        forward = type(f).forward
-        if not plain(f) or not _SILU_STATE.issuperset(vars(f)):  # other state might decide what it does
+        kind = _class_of(f, nn.SiLU)
+        if not plain(f) or (kind is not nn.SiLU and not _SILU_STATE.issuperset(_state(f))):
             return False
     elif isinstance(f, FunctionType):
-        forward = f
+        kind = f
     else:
         return False
-    if forward not in _SILUS and _is_swish(_graph(f)):
-        _SILUS.add(forward)
-    return forward in _SILUS
+    if kind not in _SILUS and _is_swish(_graph(f)):
+        _SILUS.add(kind)
+    return kind in _SILUS
+
+
+def _class_of(module: nn.Module, base: type[nn.Module]) -> type[nn.Module]:
+    """What decides a module's forward: torch's own class, if the forward is its, and else the module's."""
+    return base if type(module).forward is base.forward else type(module)
+
+
+def _state(module: nn.Module) -> set[str]:
+    """The names of all that a module holds, which might decide what it does."""
+    held = (vars(module), module._parameters, module._buffers, module._modules)
+    return set().union(*held)
 
 
 def norms_of_pairs(modules: nn.Sequential) -> list[nn.GroupNorm]:
@@ -102,8 +115,8 @@ def _graph(f: Callable) -> fx.Graph | None:
 
 
 def _result(graph: fx.Graph | None) -> tuple[fx.Node | None, fx.Node | None]:
-    """(its only input, what it returns)"""
-    if graph is None:
+    """(its only input, what it returns), where nothing is computed for its effect alone"""
+    if graph is None or any(node.op.startswith("call") and not node.users for node in graph.nodes):
         return None, None
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     output = next(iter(reversed(graph.nodes))).args[0]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..ops import group_norm_silu
 from ._kinds import has_hooks, is_known_norm, is_known_silu, upcasts
@@ -39,7 +40,7 @@ def add(a: Any, b: Any) -> Any:
 def norm(f: Any, x: Any) -> Any:
     """``f(x)``, pending if `f` is a GroupNorm that the op computes."""
     sum = x if isinstance(x, Pending) else Pending(x)
-    if is_known_norm(f) and _fits(f, sum.x):
+    if is_known_norm(f) and _fits(f, sum.x) and not _is_watched():
         return Pending(sum.x, sum.add, f)
     return f(value(x))
 
@@ -91,6 +92,16 @@ def value(x: Any) -> Any:
     if x.scale is not None:
         y = y * (1 + x.scale)
     return y if x.shift is None else y + x.shift
+
+
+def _is_watched() -> bool:
+    """Whether the modules are to run for what they show: their operations to torch.func and to forward mode,
+    which the op does not know (`torch.func.jvp` would find zero); their outputs to hooks of all modules."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.nn.modules.module._has_any_global_hook()
+    )
 
 
 def _compute(p: Pending) -> Tensor:

@@ -45,10 +45,16 @@ def conv3x3(
         torch.nn.functional.conv2d(x, weight, bias, padding=1) + plus
 
     The native kernels of the CPU compute it by Winograd's minimal filtering (Lavin & Gray 2016). Relative to
-    float64, in the 2-norm and for channels by the hundred: "f2", F(2x2, 3x3), 16 products for 4 outputs
-    instead of 36, errs by 0.2-0.4e-6, less than "direct"'s 0.3-0.7e-6; "f4", F(4x4, 3x3), 36 for 16 instead
-    of 144, by 0.5-1.2e-6. A call transforms the weight too: for more than one, `pack_conv3x3`. Differentiable
-    in every tensor, in reverse mode, by PyTorch's own convolution.
+    float64, in the 2-norm, for 128 to 512 channels:
+
+    - "direct": 9 products for an output; errs by 0.2-0.3e-6;
+    - "f2", F(2x2, 3x3): 16 products for 4 outputs; 0.2-0.5e-6;
+    - "f4x2", F(4x2, 3x3): 24 products for 8 outputs; 0.4-0.9e-6;
+    - "f4", F(4x4, 3x3): 36 products for 16 outputs; 0.7-1.5e-6. oneDNN and eager PyTorch: 0.4-0.9e-6.
+
+    An infinity or NaN in x shows in every output of the tiles that read it. A call transforms the weight too:
+    for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse mode, by PyTorch's own
+    convolution.
 
     Args:
         x: ``(B, C_in, H, W)`` float32, bfloat16, float16 or float64; contiguous or channels_last, which is
@@ -56,7 +62,7 @@ def conv3x3(
         weight: ``(C_out, C_in, 3, 3)``, like ``x``.
         bias: ``(C_out,)``, like ``x``.
         plus: ``(B, C_out, H, W)``, like ``x``.
-        algorithm: "f2", "f4" or "direct", of the native backend.
+        algorithm: one of the above, for the native backend.
         backend: "native", "reference", or None for the fastest here.
 
     Returns:
@@ -84,7 +90,7 @@ def conv3x3(
 def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
     """Transform a weight and lay it out, for many calls of `conv3x3_packed` on this processor.
 
-    It takes 16/9 of the weight's memory for "f2", 4 times as much for "f4", with C_out rounded up to 32.
+    It takes the weight's memory, for "f2" 16/9, "f4x2" 24/9, "f4" 4 times as much; C_out is rounded up to 32.
 
     Args:
         weight: ``(C_out, C_in, 3, 3)`` float32 on the CPU. A later change of it does not show.

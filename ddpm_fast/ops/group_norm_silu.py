@@ -33,7 +33,8 @@ def group_norm_silu(
         if shift is not None: h = h + shift[:, :, None, None]
         return torch.nn.functional.silu(h)                         # act="silu"
 
-    with statistics in float32 whatever the dtype, in two passes (no E[x^2] - E[x]^2), and one rounding.
+    with statistics in float32 whatever the dtype, about a value near the mean (no E[x^2] - E[x]^2), and one
+    rounding.
     Differentiable in every tensor, in reverse mode.
 
     Args:

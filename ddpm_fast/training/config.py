@@ -144,14 +144,20 @@ class Config:
             raise ValueError("a config has [unet] or [mlp], not both")
         if self.unet is not None and self.unet.num_class_embeds is not None:
             raise ValueError("unet.num_class_embeds: the trainer has no labels, so it must be left out")
-        kinds = {"schedule.kind": SCHEDULES}
-        _choice("schedule.kind", self.schedule.get("kind"), kinds["schedule.kind"])
+        if not isinstance(self.schedule, Mapping):
+            raise TypeError(f"[schedule] must be a table of keys, got {self.schedule!r}")
+        _choice("schedule.kind", self.schedule.get("kind"), SCHEDULES)
         make = getattr(Schedule, self.schedule["kind"])
         _known("schedule", {k: v for k, v in self.schedule.items() if k != "kind"}, _arguments(make))
         _known("loss", self.loss, _arguments(Loss) - {"schedule", "device", "dtype"})
         of_run = {"model", "schedule", "prediction", "variance", "dtype", "compile", "channels_last", "graph"}
         _known("sampling", self.sampling, _arguments(Sampler) - of_run)
-        self.make_loss()
+        learned = self.make_loss().variance == "learned_range"
+        if self.unet is not None and self.unet.out_channels != self.unet.in_channels * (1 + learned):
+            raise ValueError(
+                f"unet.out_channels must be {self.unet.in_channels * (1 + learned)}: "
+                f"{'twice ' if learned else ''}in_channels, got {self.unet.out_channels}"
+            )
 
     def make_schedule(self) -> Schedule:
         arguments = {name: value for name, value in self.schedule.items() if name != "kind"}

@@ -107,7 +107,7 @@ def load(
     path = Path(source)
     if path.suffix.lower() == ".npz":
         return InMemory(_npz(path), device)
-    if not path.is_dir():
+    if not source or not path.is_dir():
         sets = ", ".join(map(repr, SETS))
         given = f"{source!r} is neither a folder nor an .npz" if source else "none was given"
         raise FileNotFoundError(f"data: {given}; allowed: a folder of images, FILE.npz, or {sets}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 __all__ = ["Folder", "Tell", "find", "read"]
@@ -120,7 +120,8 @@ def _size(file: Path) -> tuple[int, int] | str:
     try:
         with Image.open(file) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5
+            # Not PNG's own, which decodes the whole image to look behind it.
+            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
     except Exception as error:  # a decoder of Pillow's raises anything
         return f"{file}: {error}"
     return (width, height) if turned else (height, width)

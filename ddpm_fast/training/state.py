@@ -91,17 +91,15 @@ class State:
                 raise ValueError(f"{self.folder} is of another model: {told}")
         for name, value in targets.items():
             value.copy_(sources[name])
+        parameters = dict(members.model.named_parameters())
         members.optimizer.state.clear()
-        for name, parameter in members.model.named_parameters():
-            prefix = f"optimizer.{name}."
-            found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            kept = {k: v for k, v in found.items() if "." not in k}  # not those of a name that goes on
-            for key, value in kept.items():
-                # A moment has its parameter's layout; the count of steps is on the device for fused kernels.
-                like = parameter if value.shape == parameter.shape else value.to(parameter.device)
-                members.optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype).copy_(
-                    value
-                )
+        for path, value in state.items():
+            name, _, key = path.removeprefix("optimizer.").rpartition(".")
+            parameter = parameters[name]
+            # A moment has its parameter's layout; the count of updates is on the device, for fused kernels.
+            like = parameter if value.shape == parameter.shape else value.to(parameter.device)
+            made = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            members.optimizer.state[parameter][key] = made
 
 
 def save(

@@ -46,8 +46,9 @@ class TrainStep:
         loss: see `Loss`.
         optimizer: over the model's parameters. To compile: torch's Adam or AdamW.
         clip: bound of the norm of all gradients together; None: they are not clipped.
-        compile: trace and compile. A first update takes some seconds more; torch keeps what it compiled
-            between processes. Raises RuntimeError where inductor has no C++ compiler.
+        compile: trace and compile, which takes some seconds for a small network and far longer for a U-Net.
+            The second update raises what inductor raises where there is no C++ compiler.
+        autocast: the dtype of ``torch.autocast`` around the model, bfloat16 or None.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind; an optimizer, or an option of it, that ``compile``
@@ -62,6 +63,7 @@ class TrainStep:
         *,
         clip: float | None = None,
         compile: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         for name, value, kind in (
             ("model", model, nn.Module),
@@ -73,9 +75,12 @@ class TrainStep:
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
         if clip is not None:
             clip = check_number("clip", clip, lambda clip: clip > 0, "None or above 0")
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be None or bfloat16, got {autocast}")
         if compile:
             _check_adam(optimizer)
         self.model, self.loss, self.optimizer, self.clip, self.compile = model, loss, optimizer, clip, compile
+        self.autocast = autocast
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._compiled: dict[Any, _Compiled] = {}
 
@@ -108,7 +113,7 @@ class TrainStep:
         }
         given = {"x0": x0, "t": t} | {name: value for name, value in given.items() if value is not None}
         if not self.compile or not self.optimizer.state:
-            return self._eager(given)
+            return self.backward(**given), self.finish()
         key = (
             *((name, value.shape, value.dtype, value.stride()) for name, value in given.items()),
             self.model.training,
@@ -118,22 +123,40 @@ class TrainStep:
             self._compiled[key] = _Compiled(self, given)
         return self._compiled[key](given)
 
-    def mean(self, model: Callable[..., Tensor], x0: Tensor, t: Tensor, **given: Tensor) -> Tensor:
-        """The loss that is descended, 0-d."""
-        weight = given.pop("weight", None)
-        losses = self.loss(model, x0, t, **given)
-        return (losses if weight is None else weight * losses).mean()
+    def backward(self, x0: Tensor, t: Tensor, *, share: float = 1.0, **given: Any) -> Tensor:
+        """Add the gradients of ``share`` times the mean loss, and return that, 0-d.
 
-    def _eager(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        mean = self.mean(self.model, **given)
+        An update of several parts, whose gradients do not fit in memory at once, is a call for each, with
+        shares that add up to 1, and then `finish`.
+        """
+        mean = share * self.mean(self.model, x0, t, **given)
         mean.backward()
+        return mean.detach()
+
+    def finish(self) -> Tensor:
+        """Clip the gradients that were added, and let the optimizer move; returns their norm before."""
         if self.clip is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return mean.detach(), norm
+        return norm
+
+    def mean(
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        t: Tensor,
+        *,
+        weight: Tensor | None = None,
+        **given: Any,
+    ) -> Tensor:
+        """The loss that is descended, 0-d."""
+        with torch.autocast(x0.device.type, self.autocast, enabled=self.autocast is not None):
+            losses = self.loss(model, x0, t, **given)
+        return (losses if weight is None else weight * losses).mean()
 
 
 class _Compiled:

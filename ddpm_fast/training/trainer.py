@@ -142,7 +142,15 @@ class Trainer:
             config.seed, len(self.images), config.batch, len(self.schedule), config.times, config.flip
         )
         self._sampler = Sampler(self.model, self.schedule, **config.settings())
+        if self.processes.first:
+            (self.out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self._unread: list[Tensor] = []  # loss and norm of the updates since the log's last line
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The folder of the one that was written last."""
+        folder = self.out / "checkpoints"
+        return folder / f"{found[-1]:08}" if (found := state.numbers(folder)) else None
 
     @property
     def model(self) -> nn.Module:
@@ -166,13 +174,7 @@ class Trainer:
             sample = torch.empty(1, *self.images.shape, device=self.device)
             size = config.batch // (config.accumulate * self.processes.count)
             on.enter_context(worthwhile(self._members.model, sample.expand(size, *self.images.shape)))
-            for update, parts in self._batches(begun):
-                self._set_rate(update)
-                self._draw_layers(update)
-                self._unread.append(torch.stack(self._descend(parts)))
-                for average in self._members.averages:
-                    average.update(update)
-                self.update = done = update + 1
+            for done in self.updates():
                 last = done == config.updates
                 saves = last or done % config.checkpoint_every == 0
                 draws = last or (config.sample_every and done % config.sample_every == 0)
@@ -190,6 +192,20 @@ class Trainer:
                     self.processes.wait()
                     log.paused(time.perf_counter() - start)
         return self.model
+
+    def updates(self) -> Iterator[int]:
+        """One update at each turn, to the config's last, and nothing else: yields how many are done.
+
+        It seeds torch's default generators, which what the model draws itself depends on.
+        """
+        for update, parts in self._batches(self.update):
+            self._set_rate(update)
+            self._draw_layers(update)
+            self._unread.append(torch.stack(self._descend(parts)))
+            for average in self._members.averages:
+                average.update(update)
+            self.update = update + 1
+            yield self.update
 
     def save(self) -> Path:
         """Write a checkpoint of now; returns its folder."""
@@ -267,9 +283,11 @@ class Trainer:
             raise ValueError("flip is for images: points have no left and right")
 
     def _check_room(self) -> None:
+        if not self.processes.first:
+            return
         needed = self._members.nbytes() * (self.config.keep + 1)  # the next is written before one goes
         free = shutil.disk_usage(self.out).free
-        if self.processes.first and free < needed:
+        if free < needed:
             raise OSError(
                 f"{self.out} has {free / 1e6:.0f} MB free, {self.config.keep + 1} checkpoints need "
                 f"{needed / 1e6:.0f} MB"
@@ -364,10 +382,8 @@ class Trainer:
         first = self.update - len(found)
         for k, (loss, norm) in enumerate(found, 1):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                checkpoints = state.numbers(self.out / "checkpoints")
-                kept = (
-                    f"the last checkpoint is of update {checkpoints[-1]}" if checkpoints else "none was saved"
-                )
+                kept = self.last_checkpoint
+                kept = "no checkpoint was saved" if kept is None else f"the last checkpoint is {kept}"
                 what = f"the loss is {loss}, the norm of its gradient {norm}"
                 raise RuntimeError(f"update {first + k}: {what}; stopped, {kept}")
         return {

@@ -1,11 +1,10 @@
 // y = conv3x3(x, w) + bias + plus, stride 1, padded by 1, channels last, in tiles of outputs: Winograd's
 // F(4x4, 3x3), F(4x2), F(2x2), or direct, which is F(1x1).
 //
-// Tiles are taken in blocks. A block's tiles are transformed, into [position][channel /
-// kLanes][tile][kLanes]; each position's tiles are multiplied by its weights, kPanel output channels at a
+// Tiles are taken in blocks. A block's tiles are transformed, into [position][channels][tile][kLanes] with
+// kLanes channels together; each position's tiles are multiplied by its weights, kPanel output channels at a
 // time; a panel's products go back through the inverse transform while they are in cache, with bias and plus.
-// Weights are packed once, as [panel][position][channel][kPanel]: a thread that owns a panel reads each of
-// them once a block, in order.
+// Weights are packed once, as [panel][position][channel][kPanel]: they are read once a block, in order.
 #pragma once
 
 #include "../kernels.h"
@@ -157,7 +156,7 @@ struct Conv3x3 {
               kPanel / pieces,
               products + slot * m_stride + row * kPanel,
           };
-          adds ? multiply_some_rows<true>(rows, product) : multiply_some_rows<false>(rows, product);
+          cpu::multiply(rows, adds, product);
         }
       }
     }

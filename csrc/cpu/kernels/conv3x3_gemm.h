@@ -5,6 +5,9 @@
 // one of a fill AVX-512's 32. Each value of a is broadcast once and used twice.
 #pragma once
 
+#include <cstddef>
+#include <utility>
+
 #include "vec.h"
 
 namespace ddpm_fast::cpu {
@@ -58,21 +61,16 @@ inline void multiply_rows(const Product& of) {
   }
 }
 
-template <bool kAdds>
-inline void multiply_some_rows(int64_t rows, const Product& of) {
-  switch (rows) {
-#define ROWS(n) \
-  case n:       \
-    return multiply_rows<n, kAdds>(of);
-    ROWS(1)
-    ROWS(2)
-    ROWS(3)
-    ROWS(4) ROWS(5) ROWS(6)
-#if defined(__AVX512F__)
-        ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
-#endif
-#undef ROWS
-  }
+template <bool kAdds, size_t... kLess>
+inline void multiply_some_rows(int64_t rows, const Product& of, std::index_sequence<kLess...>) {
+  static constexpr void (*kByRows[])(const Product&) = {multiply_rows<kLess + 1, kAdds>...};
+  kByRows[rows - 1](of);
+}
+
+// `rows` rows of m, 1 to kMaxRows, to which the products are added if `adds`.
+inline void multiply(int64_t rows, bool adds, const Product& of) {
+  constexpr std::make_index_sequence<kMaxRows> less;
+  adds ? multiply_some_rows<true>(rows, of, less) : multiply_some_rows<false>(rows, of, less);
 }
 
 }  // namespace

@@ -91,6 +91,15 @@ inline Float apply(Float x, Float center, Float gain, Float offset) {
 
 constexpr int64_t kPairLanes = 2 * kLanes;
 
+// Asks for what lies `ahead` elements after kPairs pairs at x, perhaps past the end of a tensor.
+template <int kPairs, int kCache, typename T>
+inline void prefetch(const T* x, int64_t ahead) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(x) + ahead * sizeof(T);
+  for (size_t line = 0; line < kPairs * kPairLanes * sizeof(T); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + line), /*write=*/0, /*locality=*/4 - kCache);
+  }
+}
+
 // ---- channels last: rows of channels ----
 
 template <typename T>
@@ -107,12 +116,17 @@ inline void store_pair(T* to, Pair from, int64_t n) {
   std::memcpy(to, buffer, n * sizeof(T));
 }
 
-// run(channel, pairs, partial) over tiles of channels: two pairs, one pair, or what is left, a partial one;
-// the latter two arguments are constants, by their types.
+// run(channel, pairs, partial) over tiles of channels: four pairs where there are 32 registers, two, one, and
+// what is left, a partial one. The latter two arguments are constants, by their types.
 template <typename F>
 inline void for_tiles(int64_t channels, const F& run) {
   using std::integral_constant;
   int64_t c = 0;
+  if constexpr (kLanes == 16) {
+    for (; c + 4 * kPairLanes <= channels; c += 4 * kPairLanes) {
+      run(c, integral_constant<int, 4>(), integral_constant<bool, false>());
+    }
+  }
   for (; c + 2 * kPairLanes <= channels; c += 2 * kPairLanes) {
     run(c, integral_constant<int, 2>(), integral_constant<bool, false>());
   }
@@ -147,7 +161,9 @@ inline void column_deviations(
   constexpr int kRegisters = 2 * kPairs;
   Float c[kRegisters], s1[kRegisters] = {}, s2[kRegisters] = {};
   for (int k = 0; k < kRegisters; ++k) c[k] = load(center + k * kLanes);
+  constexpr int64_t kRowsAhead = 8;  // rows are too far apart for the processor to guess them
   for (int64_t r = 0; r < rows; ++r) {
+    prefetch<kPairs, /*kCache=*/1>(x + r * stride, kRowsAhead * stride);
     for (int k = 0; k < kPairs; ++k) {
       const T* at = x + r * stride + k * kPairLanes;
       const Pair v = kPartial ? load_pair(at, lanes) : load_pair(at);
@@ -227,43 +243,63 @@ inline double sum_of_group(const Number* values, int64_t n) {
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
+// The channels of two sources by slot. Each source's slots fill whole pairs; where they are the channels in
+// order, numbers by channel and by slot share their memory.
 template <typename T>
-void group_norm_nhwc(
-    const GroupNormSources& sources, T* y, T* concat, int64_t pixels, int64_t stride, int64_t channels,
-    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
-  const int64_t padded = padded_channels(channels), split = sources.of[0].channels;
-  const int64_t groups = channels / channels_per_group;
-  // Each source's slots fill whole pairs. Where they are the channels in order, the two share their memory.
-  const auto whole = [](int64_t count) { return (count + kPairLanes - 1) / kPairLanes * kPairLanes; };
-  const int64_t base[2] = {0, whole(split)};
-  const bool in_order = !std::is_same_v<T, BFloat16> && (split == channels || split == base[1]);
-  double* sums = reinterpret_cast<double*>(scratch);
-  double* squares = sums + padded;
-  float* pilots = scratch + 4 * padded;
-  const Folded folded = {pilots + padded, pilots + 2 * padded, pilots + 3 * padded};
-  const Folded apart = {pilots + 4 * padded, pilots + 5 * padded, pilots + 6 * padded};
-  const Folded slots = in_order ? folded : apart;
-  const auto place = [&](const float* from, float* to) {
-    if (in_order) return;
-    to_slots<T>(from, split, to);
-    to_slots<T>(from + split, channels - split, to + base[1]);
-  };
-  const auto take = [&](auto* from, auto* to) {
-    if (in_order) return;
-    from_slots<T>(from, split, to);
-    from_slots<T>(from + base[1], channels - split, to + split);
-  };
+struct Slots {
+  int64_t split, channels;
 
+  static int64_t whole(int64_t count) { return (count + kPairLanes - 1) / kPairLanes * kPairLanes; }
+  int64_t base(int source) const { return source == 0 ? 0 : whole(split); }
+  int64_t end() const { return base(1) + whole(channels - split); }
+  bool in_order() const { return !std::is_same_v<T, BFloat16> && (split == channels || split == base(1)); }
+
+  void place(const float* from, float* to) const {
+    if (in_order()) return;
+    to_slots<T>(from, split, to);
+    to_slots<T>(from + split, channels - split, to + base(1));
+  }
+  template <typename Number>
+  void take(const Number* from, Number* to) const {
+    if (in_order()) return;
+    from_slots<T>(from, split, to);
+    from_slots<T>(from + base(1), channels - split, to + split);
+  }
+};
+
+// group_norm_scratch, cut into rows of numbers by channel (or group), and by slot.
+struct Rows {
+  double *sums, *squares;
+  float* pilots;
+  Folded folded, slots;
+
+  Rows(float* scratch, int64_t padded, bool in_order)
+      : sums(reinterpret_cast<double*>(scratch)), squares(sums + padded), pilots(scratch + 4 * padded) {
+    folded = {pilots + padded, pilots + 2 * padded, pilots + 3 * padded};
+    slots = in_order ? folded : Folded{pilots + 4 * padded, pilots + 5 * padded, pilots + 6 * padded};
+  }
+};
+
+// Each channel's mean, what its float lacks and the reciprocal deviation, as `fold` takes them; by group they
+// stay in `sums` and `squares`.
+template <typename T>
+void statistics_nhwc(
+    const GroupNormSources& sources, int64_t pixels, int64_t channels_per_group, const GroupNormArgs& args,
+    const Slots<T>& by_slot, const Rows& rows) {
+  const int64_t channels = by_slot.channels, groups = channels / channels_per_group;
+  double *const sums = rows.sums, *const squares = rows.squares;
+  float* const pilots = rows.pilots;
+  const Folded &folded = rows.folded, &slots = rows.slots;
   const int64_t pilot_rows = (pixels + kPilot - 1) / kPilot;
   for (int s = 0; s < 2; ++s) {
     const GroupNormSource& source = sources.of[s];
     for_tiles(source.channels, [&](int64_t c, auto pairs, auto partial) {
       column_sums<pairs, partial>(
           static_cast<const T*>(source.data) + c, pilot_rows, source.stride, source.channels - c,
-          slots.gain + base[s] + c);
+          slots.gain + by_slot.base(s) + c);
     });
   }
-  take(slots.gain, folded.gain);
+  by_slot.take(slots.gain, folded.gain);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * channels_per_group;
     double mean = sum_of_group(folded.gain + first, channels_per_group) / static_cast<double>(pilot_rows);
@@ -274,16 +310,16 @@ void group_norm_nhwc(
   if (args.add) {
     fill(folded.offset, channels, 0);
     subtract(folded.center, folded.offset, args.add, channels);
-    place(folded.offset, slots.offset);
+    by_slot.place(folded.offset, slots.offset);
   }
-  place(folded.center, slots.center);
+  by_slot.place(folded.center, slots.center);
 
   for (int64_t row = 0; row < pixels; row += kBlockRows) {
     for (int s = 0; s < 2; ++s) {
       const GroupNormSource& source = sources.of[s];
       const T* from = static_cast<const T*>(source.data) + row * source.stride;
       for_tiles(source.channels, [&](int64_t c, auto pairs, auto partial) {
-        const int64_t k = base[s] + c;
+        const int64_t k = by_slot.base(s) + c;
         column_deviations<pairs, partial>(
             from + c, std::min(pixels - row, kBlockRows), source.stride, source.channels - c,
             slots.center + k, row == 0, sums + k, squares + k);
@@ -292,13 +328,13 @@ void group_norm_nhwc(
   }
   if (args.add) {  // what a center lacks of its pilot
     const double n = static_cast<double>(pixels);
-    for (int64_t k = 0; k < base[1] + whole(channels - split); ++k) {
+    for (int64_t k = 0; k < by_slot.end(); ++k) {
       const double rest = slots.offset[k];
       squares[k] -= rest * (2 * sums[k] - n * rest);
       sums[k] -= n * rest;
     }
   }
-  take(sums, sums), take(squares, squares);
+  by_slot.take(sums, sums), by_slot.take(squares, squares);
   for (int64_t g = 0; g < groups; ++g) {
     sums[g] = sum_of_group(sums + g * channels_per_group, channels_per_group);
     squares[g] = sum_of_group(squares + g * channels_per_group, channels_per_group);
@@ -311,11 +347,24 @@ void group_norm_nhwc(
     fill(folded.offset + first, channels_per_group, static_cast<float>(sums[g] - center));
     fill(folded.gain + first, channels_per_group, static_cast<float>(squares[g]));
   }
+}
+
+template <typename T>
+void group_norm_nhwc(
+    const GroupNormSources& sources, T* y, T* concat, int64_t pixels, int64_t stride, int64_t channels,
+    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
+  const int64_t split = sources.of[0].channels;
+  const Slots<T> by_slot = {split, channels};
+  const Rows rows(scratch, padded_channels(channels), by_slot.in_order());
+  const Folded &folded = rows.folded, &slots = rows.slots;
+  statistics_nhwc(sources, pixels, channels_per_group, args, by_slot, rows);
   fold(args, 0, channels, folded);
-  place(folded.center, slots.center), place(folded.gain, slots.gain), place(folded.offset, slots.offset);
+  by_slot.place(folded.center, slots.center), by_slot.place(folded.gain, slots.gain),
+      by_slot.place(folded.offset, slots.offset);
   for (int s = 0; s < 2; ++s) {
     const GroupNormSource& source = sources.of[s];
-    const Folded by = {slots.center + base[s], slots.gain + base[s], slots.offset + base[s]};
+    const Folded by = {
+        slots.center + by_slot.base(s), slots.gain + by_slot.base(s), slots.offset + by_slot.base(s)};
     const int64_t c = s == 0 ? 0 : split;
     T* const copy = concat ? concat + c : nullptr;
     if (args.silu) {
@@ -381,10 +430,7 @@ inline void apply_span(const T* x, T* y, int64_t n, float center, float gain, fl
   const Float m = broadcast(center), g = broadcast(gain), b = broadcast(offset);
   int64_t k = 0;
   for (; k + 2 * kPairLanes <= n; k += 2 * kPairLanes) {
-    const uintptr_t next = reinterpret_cast<uintptr_t>(x + k) + ahead * sizeof(T);  // perhaps past the end
-    for (size_t line = 0; line < 2 * kPairLanes * sizeof(T); line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(next + line), /*write=*/0, /*locality=*/2);
-    }
+    prefetch<2, /*kCache=*/2>(x + k, ahead);
     Pair v[2] = {load_pair(x + k), load_pair(x + k + kPairLanes)};
     for (Pair& p : v) p = {apply<kSilu, T>(p.a, m, g, b), apply<kSilu, T>(p.b, m, g, b)};
     store_pair(y + k, v[0]), store_pair(y + k + kPairLanes, v[1]);

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ... import ops
 from ...reference import compute_dtype
@@ -15,6 +16,9 @@ from .tables import NotATable, Rows
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16)
+MOST_RUNS = 4
+"""Settings that one layout of timesteps is kept for. An eta of its own for each step would otherwise have all
+steps laid out for each: those are diffusers' to take."""
 
 
 class Fused:
@@ -40,20 +44,22 @@ class Fused:
         return {name: value for name, value in vars(self).items() if not name.startswith("_kept_")}
 
     def _run(self, rows: Callable[[], Rows], *settings: Any, of: tuple[Tensor, ...] = ()) -> Run | None:
-        """The run as it stands: laid out again where its timesteps, levels, config or `settings`, or a tensor
-        of `of`, are not those of the last call. None if `rows` says it is no table, and in a trace, where
-        diffusers' plain operations are fused by the compiler."""
-        if torch.compiler.is_compiling():
+        """The run as it stands, for each of `settings`: laid out again where its timesteps, levels or config,
+        or a tensor of `of`, are not those of the last call. None if `rows` says it is no table, for more
+        settings than `MOST_RUNS`, and where plain operations are due."""
+        if plain_is_due():
             return None
         held = (self.timesteps, self.alphas_cumprod, *of, self._internal_dict)
-        key = (*map(_identity, held), self.num_inference_steps, self.strict, *settings)
+        key = (*map(_identity, held), self.num_inference_steps, self.strict)
         if self._kept_run[0] != key:
+            self._kept_run = key, {}, held  # held: so that no other object takes an id that is in the key
+        runs = self._kept_run[1]
+        if settings not in runs and len(runs) < MOST_RUNS:
             try:
-                run = Run(rows(), self.timesteps)
+                runs[settings] = Run(rows(), self.timesteps)
             except NotATable:
-                run = None
-            self._kept_run = key, run, held  # held: so that no other object takes an id that is in the key
-        return self._kept_run[1]
+                runs[settings] = None
+        return runs.get(settings)
 
     def _levels(self, make: Callable[[torch.dtype], Any], x: Tensor, *of: Tensor) -> Any:
         """What `make` makes of the tensors `of`, in the dtype that x is computed in; kept while they last."""
@@ -109,6 +115,16 @@ class FusedOverTraining(Fused):
         return i if i is not None and run.finite[i] else None
 
 
+def plain_is_due() -> bool:
+    """Whether diffusers' plain operations are to run: in a trace, whose compiler fuses them, and where
+    torch.func or forward mode derives, which the ops do not know: `torch.func.jvp` would find zero."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def fits(value: Any, x: Any, channels: int = 1) -> bool:
     """Whether an op takes `value` beside x: its like, with `channels` times its channels."""
     return (
@@ -123,9 +139,9 @@ def fits(value: Any, x: Any, channels: int = 1) -> bool:
 
 
 def times_of(x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor | None:
-    """Timesteps as `ops.q_sample` takes them; None where diffusers' own code is to judge, and in a trace."""
+    """Timesteps as `ops.q_sample` takes them; None where diffusers' own code is to judge."""
     if (
-        torch.compiler.is_compiling()
+        plain_is_due()
         or not fits(noise, x)
         or not isinstance(timesteps, Tensor)
         or timesteps.dtype not in INTEGERS

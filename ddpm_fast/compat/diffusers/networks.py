@@ -86,10 +86,26 @@ def _why_as_it_is(unet: nn.Module) -> str | None:
     """Why a call does something that a conversion of config and weights would miss."""
     if getattr(type(unet), "forward", None) is not diffusers.UNet2DModel.forward:
         return f"{type(unet).__name__} is not UNet2DModel"
+    with torch.device("meta"):
+        made = dict(diffusers.UNet2DModel.from_config(unet.config).named_modules())
     for name, part in unet.named_modules():
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             return f"{name or 'It'} has a hook or a forward of its own"
         processor = getattr(part, "processor", None)  # of an attention
         if processor is not None and type(processor).__module__ != "diffusers.models.attention_processor":
             return f"{name}.processor is {type(processor).__name__}"
+        if name == "" or name not in made:  # of what is not in the config the weights do not fit
+            continue
+        if type(part) is not type(made[name]):
+            return f"{name} is {type(part).__name__}, by the config {type(made[name]).__name__}"
+        for key, value in vars(made[name]).items():
+            if key.startswith("_") or key in _NO_MATTER or not isinstance(value, _PLAIN):
+                continue
+            if vars(part).get(key) != value:
+                return f"{name}.{key} is {vars(part).get(key)!r}, by the config {value!r}"
     return None
+
+
+_NO_MATTER = ("training", "gradient_checkpointing", "inplace")
+"""Attributes that no picture depends on."""
+_PLAIN = (bool, int, float, str, tuple, type(None))

@@ -192,9 +192,10 @@ class _InSampler:
         network, self._network = self._network, None  # an old one is freed before a new one is made
         if network is not None and (network.dtype != dtype or not network.is_of(self.unet)):
             network = None
-        self._network = network or Network.of(self.unet, dtype, table)
-        self._network.refresh()
-        return self._network
+        network = network or Network.of(self.unet, dtype, table)
+        network.refresh()
+        self._network = network  # which another thread may take
+        return network
 
     def _sample(
         self, asked: _Asked, shape: tuple[int, ...], network: Network, table: StepTable, clip: float | None

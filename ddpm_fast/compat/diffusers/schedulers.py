@@ -74,8 +74,8 @@ class DDIMScheduler(FusedOverTraining, diffusers.DDIMScheduler):
     """diffusers' DDIMScheduler, whose `step`, `add_noise` and `get_velocity` are one pass over memory each.
 
     In precision, draws, timesteps and waiting as `DDPMScheduler`. diffusers' own step runs for a timestep
-    that is not of the run, where the step's coefficients are not finite, for tensors that are not alike, and
-    in a subclass that steps in its own way.
+    that is not of the run, where the step's coefficients are not finite, for tensors that are not alike, for
+    the fifth and further etas of a run, and in a subclass that steps in its own way.
 
     ``strict = False``, on the object or the class, corrects one quirk, in steps that are not diffusers' own:
     a step ends at the noise level that the next one starts from. diffusers takes that of ``t - T // N``,
@@ -100,7 +100,8 @@ class DDIMScheduler(FusedOverTraining, diffusers.DDIMScheduler):
             IndexError: as `DDPMScheduler.step`.
         """
         clipped = bool(use_clipped_model_output)
-        run = self._run(lambda: ddim_rows(self, eta, clipped), eta, clipped, of=(self.final_alpha_cumprod,))
+        settings = float(eta), clipped
+        run = self._run(lambda: ddim_rows(self, *settings), *settings, of=(self.final_alpha_cumprod,))
         i = self._row(run, timestep, sample)
         noise = variance_noise if eta > 0 else None
         given_well = noise is None or (generator is None and fits(noise, sample))
@@ -176,7 +177,7 @@ class DPMSolverMultistepScheduler(Fused, diffusers.DPMSolverMultistepScheduler):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """diffusers' `add_noise` in one pass, by `ops.q_sample`; differentiable. The levels stay float32."""
         t = times_of(original_samples, noise, timesteps)
-        if t is None or self.begin_index is not None:
+        if t is None or timesteps.dim() == 0 or self.begin_index is not None:
             return super().add_noise(original_samples, noise, timesteps)
 
         def make(dtype: torch.dtype) -> Tensor:

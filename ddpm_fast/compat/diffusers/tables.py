@@ -225,9 +225,12 @@ _STEPPING = ("step", "_get_variance", "previous_timestep", "_threshold_sample", 
 
 
 def _check(scheduler: Any, base: type, predictions: tuple[str, ...]) -> None:
-    """Refuse a prediction that is unknown, and a subclass that steps in a way of its own."""
+    """Refuse a prediction that is unknown, and a subclass or an object that steps in a way of its own."""
     if scheduler.config.prediction_type not in predictions:
         raise NotATable(f"prediction_type={scheduler.config.prediction_type!r} is none of {predictions}")
+    replaced = [name for name in _STEPPING if name in vars(scheduler)]
+    if replaced:
+        raise NotATable(f"its {replaced[0]} has been replaced")
     for cls in type(scheduler).__mro__:
         if cls is base:
             return
