@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-from digits_data import train_and_held_out
 from sklearn.decomposition import PCA
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from ddpm_fast import Sampler, UNet, checkpoint, pictures, to_uint8
+from ddpm_fast.training.data import digits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RUNS = (("ddpm", None), ("ddim", 50), ("dpm_solver", 20))
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
 
-    (train, train_labels), (held_out, held_out_labels) = train_and_held_out()
+    (train, train_labels), (held_out, held_out_labels) = digits()
     classifier = MLPClassifier((256, 128), alpha=1e-2, max_iter=300, random_state=0)
     classifier.fit(flat(train), train_labels)
     print(f"classifier: {classifier.score(flat(held_out), held_out_labels):.1%} right on held-out digits")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -525,6 +526,7 @@ def test_pytest_runs_the_suite_too(tmp_path):
     options = ["--quick", "-k", "overhead and ddim and ours", "-p", "no:cacheprovider"]
     options += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2"]
     command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout and "overhead, ddim, 50" in done.stdout

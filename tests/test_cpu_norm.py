@@ -1,4 +1,7 @@
-"""What the CPU's norm promises beyond the error rule: all of SiLU, a pilot anywhere, no autograd in vain."""
+"""What the CPU's norm promises beyond the error rule: all of SiLU, a pilot anywhere, no autograd in vain.
+
+And its gradient: the slope of SiLU anywhere, any width and layout, the same bits for any number of threads.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import ops, reference
 from ddpm_fast.ops import _dispatch
+from ddpm_fast.ops.group_norm_silu import _reference_backward
 
 pytestmark = pytest.mark.skipif(_dispatch.NATIVE_MISSING is not None, reason=str(_dispatch.NATIVE_MISSING))
 
@@ -152,3 +156,142 @@ def test_opcheck_of_the_forward_ops(generator):
     torch.library.opcheck(torch.ops.ddpm_fast.q_sample_forward.default, (x, x, t, table))
     seeds = (torch.tensor(1), torch.arange(2))
     torch.library.opcheck(torch.ops.ddpm_fast.q_sample_counter_forward.default, (x, t, table, *seeds))
+
+
+# ---- gradients ----
+
+
+def gradients(grad: Tensor, x: Tensor, groups: int, *operands: Tensor | None, silu: bool = True):
+    """To x, weight, bias, add, scale, shift, by the kernel; `operands` are the latter five."""
+    weight, bias, *by_sample = operands
+    return torch.ops.ddpm_fast.group_norm_silu_backward(grad, x, groups, weight, bias, 1e-5, *by_sample, silu)
+
+
+def exact_gradients(grad: Tensor, x: Tensor, groups: int, *operands: Tensor | None, silu: bool = True):
+    weight, bias, *by_sample = (None if v is None else v.double() for v in operands)
+    return _reference_backward(grad.double(), x.double(), groups, weight, bias, 1e-5, *by_sample, silu)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", [3, 16, 64])
+def test_slope_of_silu_over_its_whole_range(pixels, layout):
+    """The gradient to `shift` of a norm that is zero: equal slopes, each to a few last digits."""
+    magnitudes = torch.logspace(-30, 38, 500)
+    y = torch.cat([torch.linspace(-86, 100, 5001), magnitudes, -magnitudes, torch.tensor([0.0, torch.inf])])
+    x = torch.zeros(1, len(y), pixels, 1).contiguous(memory_format=LAYOUTS[layout])
+    got = gradients(torch.ones_like(x), x, 1, None, None, None, None, y[None])[5][0].double() / pixels
+    exact_y = y.double().clamp(-800, 800)
+    gate, rest = exact_y.sigmoid(), (-exact_y).sigmoid()
+    exact = gate * (1 + exact_y * rest)
+    # Below zero e^y takes y's rounding; about its zero at -1.28 the slope is a difference of two gates.
+    allowed = (4 + exact_y.clamp(-90, 0).abs()) * torch.finfo(torch.float32).eps
+    allowed = allowed * (gate + (exact_y * gate * rest).abs()) + 1e-35
+    error = (got - exact).abs()
+    worst = (error / allowed).argmax()
+    assert (error <= allowed).all(), f"slope at {y[worst]}: {got[worst]}, not {exact[worst]}"
+
+
+def norm_inputs(generator: torch.Generator, shape: tuple[int, ...], dtype=torch.float32):
+    """grad, x and the five operands."""
+    batch, channels = shape[:2]
+    shapes = [shape, shape, (channels,), (channels,), *[(batch, channels)] * 3]
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+def check_near(got: tuple[Tensor, ...], exact: tuple[Tensor, ...], eps: float, what: str) -> None:
+    for name, g, e in zip(("x", "weight", "bias", "add", "scale", "shift"), got, exact, strict=False):
+        error, largest = (g.double() - e).abs().max().item(), e.abs().max().item()
+        assert error <= eps * largest, f"{what}: {name} is off by {error:.3g} of {largest:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("silu", [True, False])
+def test_gradients_of_every_width(silu, size, layout, dtype, generator):
+    """Channels and pixels that end at every place of a register, with every operand."""
+    few = layout == "contiguous" and size > 1  # there the channels do not share registers
+    for channels in range(13 if size == 1 else 6, 81, 9 if few else 1):
+        # A group of one channel has no gradient to `add`, and one of few elements hardly one to x.
+        enough = max(2, 12 // size**2)
+        groups = next(g for g in (3, 2, 1) if channels % g == 0 and (channels >= enough * g or g == 1))
+        grad, x, *operands = norm_inputs(generator, (2, channels, size, size), dtype)
+        grad, x = (v.contiguous(memory_format=LAYOUTS[layout]) for v in (grad, x))
+        got = gradients(grad, x, groups, *operands, silu=silu)
+        assert got[0].stride() == x.stride()
+        for g, like in zip(got, (x, *operands), strict=True):
+            assert g.dtype == dtype and g.shape == like.shape
+        exact = exact_gradients(grad, x, groups, *operands, silu=silu)
+        eps = 32 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+        check_near(got, exact, eps, f"{channels} channels in {groups} groups")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 96, 24, 24), (3, 80, 20, 20)])
+def test_gradients_are_the_same_bits_with_any_threads(shape, layout, generator):
+    grad, x, *operands = norm_inputs(generator, shape)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = gradients(grad, x, 8, *operands)
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, gradients(grad, x, 8, *operands), alone))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_in_any_layout_and_operands_in_any_dtype(layout, generator):
+    grad, x, *operands = norm_inputs(generator, (3, 24, 5, 4))
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    expected = gradients(grad, x, 4, *operands)
+    for other in (grad.contiguous(memory_format=torch.channels_last), grad.mT.contiguous().mT):
+        assert all(map(torch.equal, gradients(other, x, 4, *operands), expected))
+    ones = torch.ones(()).expand_as(grad)
+    assert torch.equal(gradients(ones, x, 4, *operands)[0], gradients(ones.clone(), x, 4, *operands)[0])
+    wide = gradients(grad, x, 4, *(v.double() for v in operands))
+    assert all(g.dtype == torch.float64 for g in wide[1:])
+    assert all(torch.equal(g.float(), e) for g, e in zip(wide, expected, strict=True))
+    rows = torch.stack([*operands[2:]], 1).flatten(1).chunk(3, 1)  # rows of one tensor, as chunk gives them
+    assert all(map(torch.equal, gradients(grad, x, 4, *operands[:2], *rows), expected))
+    for k in range(5):  # only what was given has a gradient
+        alone = [v if j == k else None for j, v in enumerate(operands)]
+        got = gradients(grad, x, 4, *alone)
+        assert [g.numel() > 0 for g in got[1:]] == [j == k for j in range(5)]
+        check_near(got[:1], exact_gradients(grad, x, 4, *alone)[:1], 4e-6, f"operand {k} alone")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("add", [False, True])
+def test_gradients_about_a_large_mean(add, layout, generator):
+    """Mean 1e4, standard deviation 1e-2: a float holds neither the mean nor the mean less `add`."""
+    grad, x, *operands = norm_inputs(generator, (2, 40, 16, 16))
+    x = (1e4 + 1e-2 * x).contiguous(memory_format=LAYOUTS[layout])
+    operands[2] = operands[2] if add else None
+    got, exact = gradients(grad, x, 8, *operands), exact_gradients(grad, x, 8, *operands)
+    given = [k for k in range(6) if got[k].numel()]
+    for k in given:
+        error = (got[k] - exact[k]).abs().max()
+        assert error <= 1e-4 * exact[k].abs().max(), f"gradient {k}: {error:.3g}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_the_gradients_of_its_group(dtype, layout, generator):
+    grad, x, *operands = norm_inputs(generator, (2, 32, 6, 5), dtype)
+    for k in range(2):
+        changed = [v.clone().contiguous(memory_format=LAYOUTS[layout]) for v in (grad, x)]
+        changed[k][1, 9, 2, 3] = torch.nan
+        nan = gradients(*changed, 8, *operands)[0].isnan()
+        assert nan[1, 8:12].all() and nan.sum() == 4 * 30
+
+
+def test_bad_gradients_are_named(generator):
+    grad, x, *operands = norm_inputs(generator, (2, 8, 3, 3))
+    for bad in (grad[:, :, :2], grad.bfloat16()):
+        with pytest.raises(ValueError, match="grad must be like x"):
+            gradients(bad, x, 4, *operands)
+    with pytest.raises(ValueError, match="num_groups must divide"):
+        gradients(grad, x, 3, *operands)

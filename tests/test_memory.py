@@ -19,7 +19,8 @@ config = UNetConfig((32, 64), (False, True), (True, False), sample_size=16, norm
 model = UNet(config).eval()
 dtype = getattr(torch, sys.argv[1])
 schedule = Schedule.linear()
-Sampler(model, schedule, method=sys.argv[2], num_steps=10, dtype=dtype)(16)
+for _ in range(2):  # the second has what the first leaves
+    Sampler(model, schedule, method=sys.argv[2], num_steps=10, dtype=dtype)(16)
 short = peak()
 Sampler(model, schedule, method=sys.argv[2], num_steps=300, dtype=dtype)(16)
 print(peak() - short)
@@ -29,8 +30,8 @@ print(peak() - short)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "method"), [("float32", "ddpm"), ("bfloat16", "dpm_solver")])
 def test_the_peak_of_300_steps_is_that_of_10(dtype, method):
-    """Kept a step, one state would be 48 KiB and one activation of the first level 2 MiB."""
+    """Kept at each step, a state would be 14 MiB more; what an allocator leaves in pieces is some 3."""
     command = [sys.executable, "-c", RUN, dtype, method]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 4 * 1024, f"{done.stdout.strip()} KiB more"
+    assert int(done.stdout) <= 8 * 1024, f"{done.stdout.strip()} KiB more"

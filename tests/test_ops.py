@@ -255,6 +255,27 @@ def test_step_gradients_come_from_the_reference(generator):
             ops.posterior_step(**inputs, backend="native")
 
 
+@pytest.mark.parametrize("op", ["q_sample", "posterior_step", "group_norm_silu", "conv3x3"])
+def test_forward_mode_derivatives(op, generator):
+    """Of a kernel alone `torch.func.jvp` would find zero, and say nothing."""
+    x, v, n = (torch.randn(2, 8, 4, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    t, table = torch.tensor([3, 9]), torch.rand(10, 7, dtype=torch.float64, generator=generator)
+    weight = torch.randn(8, 8, 3, 3, dtype=torch.float64, generator=generator)
+
+    def run(x):
+        return {
+            "q_sample": lambda: ops.q_sample(x, n, t, table[:, :2]),
+            "posterior_step": lambda: ops.posterior_step(x, n, table, t, noise=n, x0_prev=n, clip=None)[0],
+            "group_norm_silu": lambda: ops.group_norm_silu(x, 4),
+            "conv3x3": lambda: ops.conv3x3(x, weight),
+        }[op]()
+
+    _, slope = torch.func.jvp(run, (x,), (v,))
+    step = 1e-6
+    torch.testing.assert_close(slope, (run(x + step * v) - run(x - step * v)) / (2 * step), rtol=0, atol=1e-7)
+    assert slope.abs().max() > 0.1
+
+
 # ---- registration and tracing ----
 
 

@@ -28,7 +28,10 @@ class Gradient {
     const int64_t size = to.numel(), samples = static_cast<int64_t>(by_sample_.size()) / size;
     if (samples > 1) {
       std::vector<double> total(size);
-      for (size_t k = 0; k < by_sample_.size(); ++k) total[k % size] += by_sample_[k];
+      const float* from = by_sample_.data();
+      for (int64_t b = 0; b < samples; ++b, from += size) {
+        for (int64_t c = 0; c < size; ++c) total[c] += from[c];
+      }
       std::copy(total.begin(), total.end(), by_sample_.begin());
     }
     const Dtype dtype = dtype_of("operand", to);

@@ -116,7 +116,13 @@ def define(
 
 
 def implementation(op: str, backend: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """What a chosen backend calls: a registered op, or the reference itself, which autograd sees through."""
+    """What a chosen backend calls: a registered op, or the reference itself, which autograd sees through.
+
+    So does a transform of `torch.func`, which gets the reference whatever was chosen: the derivative of an op
+    would be zero to `jvp`.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return reference
     return reference if backend == "reference" else _OVERLOADS[op, backend]
 
 

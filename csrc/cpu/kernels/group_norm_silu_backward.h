@@ -1,16 +1,15 @@
 // The gradient of `group_norm_silu` to x, weight, bias, add, scale and shift.
 //
 // With h = x + add - mean, n = h rstd, y as in the forward, g = grad act'(y) and gain = weight (1 + scale)
-// rstd:
+// rstd, over the pixels of a channel and, E, the elements of a group:
 //
-//     grad_x = gain g + q h + r = gain g - n rstd E[gain g h] - E[gain g], E over a group
-//     A = sum of g, N = sum of g n, over pixels:  grad_shift = A,  grad_scale = weight N + bias A,
-//     by sample: grad_bias = (1 + scale) A,  grad_weight = (1 + scale) N;  grad_add = sum of grad_x over
-//     pixels
+//     grad_x = gain g + q h + r = gain g - n rstd E[gain g h] - E[gain g];  grad_add = sum of grad_x
+//     A = sum of g, N = sum of g n:  grad_shift = A,  grad_scale = weight N + bias A
+//     and of each sample:  grad_bias = (1 + scale) A,  grad_weight = (1 + scale) N
 //
 // Nothing but the inputs was kept. One read of x for the statistics, one of x and grad for the sums, one of
-// both and one write for grad_x; from a cache where a group (contiguous) or an image (channels last) fits it.
-// g is worked out twice rather than stored. Sums are float32 within a block and float64 between.
+// both and one write for grad_x: from a cache where a group (contiguous) or an image (channels last) fits it.
+// Sums are float32 over few values and float64 from there.
 #pragma once
 
 #include "group_norm_silu.h"
@@ -109,7 +108,8 @@ struct GradientSums {
 template <bool kSilu, typename T>
 constexpr bool kKeeps = kSilu && std::is_same_v<T, float>;
 
-constexpr int64_t kSumRows = 16;  // so many values are summed in float32: what the sums cancel to is small
+// So many values are summed in float32. The gradient to `add` is what large sums leave of each other.
+constexpr int64_t kSumRows = 16;
 
 // ---- channels last ----
 
