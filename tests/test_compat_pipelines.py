@@ -883,3 +883,26 @@ class TestOnAGpu:
             expected = images(quiet(DDIMPipeline, model, DDIMScheduler()), labels, 0.0)
             assert torch.equal(images(ours, labels, 0.0), expected) and not torch.equal(first, expected)
         assert ours._network.sampler.stats.captures == 1
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler", "golden"),
+    [
+        (DDPMPipeline, DDPMScheduler, [0, 0.99967, 0.00329, 1, 0.9996, 1, 0.00609, 0.00115, 0]),
+        (DDIMPipeline, DDIMScheduler, [0, 0.99797, 0, 0.99998, 0.99863, 0.99916, 0.00071, 0, 0]),
+    ],
+)
+def test_golden_slices(pipeline, scheduler, golden):
+    """By the protocol of diffusers' own pipeline tests: an untrained model and noise of seed 0, two steps."""
+    config = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    torch.manual_seed(0)
+    pipe = pipeline(diffusers.UNet2DModel(**config, **blocks), scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = pipe(generator=generator, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 8, 8, 3)
+    np.testing.assert_allclose(images[0, -3:, -3:, -1].flatten(), golden, atol=1e-4)
