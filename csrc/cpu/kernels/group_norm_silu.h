@@ -529,6 +529,26 @@ inline void deviations_of(
   flush();
 }
 
+constexpr int64_t kGroups = 16;  // the most that are worked on at a time
+
+// The mean and the reciprocal of the standard deviation of each of `count` groups, the first at channel
+// `begin`. Loops of independent groups: what one waits for, another computes.
+template <typename T>
+inline void statistics_nchw(
+    const Channels<T>& x, const float* add, int64_t begin, int64_t count, int64_t channels_per_group,
+    double eps, double* means, double* rstds) {
+  float pilots[kGroups];
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t from = begin + g * channels_per_group;
+    pilots[g] = pilot_of(x, add, from, from + channels_per_group);
+  }
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t from = begin + g * channels_per_group;
+    deviations_of(x, add, from, from + channels_per_group, pilots[g], means[g], rstds[g]);
+  }
+  statistics(count, channels_per_group * x.pixels, eps, pilots, means, rstds);
+}
+
 // So many groups at a time that they are still in L1 when they are applied.
 template <typename T>
 void group_norm_nchw(
@@ -537,23 +557,13 @@ void group_norm_nchw(
   const Channels<T> x = {
       static_cast<const T*>(sources.of[0].data), static_cast<const T*>(sources.of[1].data),
       sources.of[0].channels, pixels};
-  constexpr int64_t kGroups = 16, kChannels = 64;
+  constexpr int64_t kChannels = 64;
   const int64_t at_once = std::clamp<int64_t>(kBlockFloats / (channels_per_group * pixels), 1, kGroups);
   for (int64_t first = 0; first < groups; first += at_once) {
     const int64_t count = std::min(at_once, groups - first);
     const int64_t begin = first * channels_per_group, end = begin + count * channels_per_group;
-    // Loops of independent groups: what one waits for, another computes.
-    float pilots[kGroups];
-    double sums[kGroups], squares[kGroups];
-    for (int64_t g = 0; g < count; ++g) {
-      const int64_t from = begin + g * channels_per_group;
-      pilots[g] = pilot_of(x, args.add, from, from + channels_per_group);
-    }
-    for (int64_t g = 0; g < count; ++g) {
-      const int64_t from = begin + g * channels_per_group;
-      deviations_of(x, args.add, from, from + channels_per_group, pilots[g], sums[g], squares[g]);
-    }
-    statistics(count, channels_per_group * pixels, args.eps, pilots, sums, squares);
+    double means[kGroups], rstds[kGroups];
+    statistics_nchw(x, args.add, begin, count, channels_per_group, args.eps, means, rstds);
     for (int64_t from = begin; from < end; from += kChannels) {
       const int64_t to = std::min(from + kChannels, end);
       constexpr int64_t kRoom = kChannels + kLanes;
@@ -561,10 +571,10 @@ void group_norm_nchw(
       for (int64_t c = from; c < to;) {
         const int64_t g = (c - begin) / channels_per_group;
         const int64_t next = std::min(to, begin + (g + 1) * channels_per_group), k = c - from;
-        const float mean = static_cast<float>(sums[g]);
+        const float mean = static_cast<float>(means[g]);
         fill(center + k, next - c, mean);
-        fill(offset + k, next - c, static_cast<float>(sums[g] - mean));
-        fill(gain + k, next - c, static_cast<float>(squares[g]));
+        fill(offset + k, next - c, static_cast<float>(means[g] - mean));
+        fill(gain + k, next - c, static_cast<float>(rstds[g]));
         c = next;
       }
       fold(args, from, to - from, {center, gain, offset});

@@ -274,23 +274,12 @@ void backward_nchw(
   const Folded folded = Rows(scratch, padded, /*in_order=*/true).folded;
   const GradientRows rows(scratch + group_norm_scratch(channels), padded, folded);
   const Channels<T> planes = {x, nullptr, channels, pixels};
-  constexpr int64_t kAtOnce = 16;
   const int64_t at_once =
-      std::clamp<int64_t>(kBlockFloats / (channels_per_group * pixels), 1, kAtOnce) * channels_per_group;
+      std::clamp<int64_t>(kBlockFloats / (channels_per_group * pixels), 1, kGroups) * channels_per_group;
   for (int64_t begin = 0; begin < channels; begin += at_once) {
     const int64_t end = std::min(begin + at_once, channels), count = (end - begin) / channels_per_group;
-    // Loops of independent groups: what one waits for, another computes.
-    float pilots[kAtOnce];
-    double means[kAtOnce], rstds[kAtOnce];
-    for (int64_t g = 0; g < count; ++g) {
-      const int64_t from = begin + g * channels_per_group;
-      pilots[g] = pilot_of(planes, args.add, from, from + channels_per_group);
-    }
-    for (int64_t g = 0; g < count; ++g) {
-      const int64_t from = begin + g * channels_per_group;
-      deviations_of(planes, args.add, from, from + channels_per_group, pilots[g], means[g], rstds[g]);
-    }
-    statistics(count, channels_per_group * pixels, args.eps, pilots, means, rstds);
+    double means[kGroups], rstds[kGroups];
+    statistics_nchw(planes, args.add, begin, count, channels_per_group, args.eps, means, rstds);
     for (int64_t g = 0; g < count; ++g) {
       const int64_t from = begin + g * channels_per_group;
       const float center = static_cast<float>(means[g]);
