@@ -13,20 +13,18 @@ import math
 import os
 import pickle
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import files
 from .schedule import Schedule
 from .unet import UNet, UNetConfig
 
@@ -69,7 +67,7 @@ def save(
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and (_is_ours(folder) or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} exists and is not a ddpm_fast checkpoint: not replaced")
-    with written_whole(folder) as new:
+    with files.written_whole(folder) as new:
         write(new, model, schedule, settings)
 
 
@@ -82,42 +80,8 @@ def write(folder: Path, model: UNet, schedule: Schedule, settings: Mapping[str, 
         "settings": dict(settings or {}),
     }
     tensors = {f"schedule.{name}": torch.tensor(getattr(schedule, name)) for name in _ARRAYS}
-    _write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", model.state_dict() | tensors)
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder to write in, which takes the place of ``folder`` when the block ends without an error.
-
-    What was there is replaced; with an error, or a process that is killed, it stays as it was.
-    """
-    new, old = (folder.with_name(f".{folder.name}.{uuid4().hex}.{state}") for state in ("new", "old"))
-    new.mkdir(parents=True)
-    try:
-        yield new
-        for file in (*new.rglob("*"), new):
-            _sync(file)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        _sync(folder.parent)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """To the disk, so that a name that outlives a power cut has its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[UNet, Schedule, dict[str, Any]]:
@@ -348,13 +312,13 @@ def save_diffusers(
         "unet": ["diffusers", "UNet2DModel"],
     }
     scheduler = _scheduler_of(schedule, dict(settings or {}))
-    with written_whole(folder) as new:
+    with files.written_whole(folder) as new:
         (new / "unet").mkdir()
         (new / "scheduler").mkdir()
-        _write_json(new / "model_index.json", index)
-        _write_json(new / "unet" / "config.json", _unet_of(model.config))
+        files.write_json(new / "model_index.json", index)
+        files.write_json(new / "unet" / "config.json", _unet_of(model.config))
         write_tensors(new / "unet" / "diffusion_pytorch_model.safetensors", _diffusers_views(model))
-        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        files.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def _unet_of(config: UNetConfig) -> dict[str, Any]:
@@ -560,10 +524,6 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must be a ddpm_fast UNet, got {type(model).__name__}")
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """As safetensors, with the permissions of any other file. Raises OSError where there is no room."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -571,9 +531,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(tensors, file)
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(file, 0o666 & ~umask)  # safetensors leaves it private
+    files.as_any_other(file)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

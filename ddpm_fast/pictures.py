@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from . import files
 
 FORMATS = ("png-grid", "png-dir", "npz")
 SMALLEST_TILE = 32
@@ -27,13 +24,7 @@ def check_writable(out: Path, form: str) -> None:
     if out.is_dir() != (form == "png-dir") and out.exists():
         kind = "a folder" if form == "png-dir" else "a file"
         raise FileExistsError(f"{out} exists and is not {kind}, which format {form!r} writes")
-    folder = out if form == "png-dir" else out.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written: {error.strerror or error}") from error
+    files.check_folder(out if form == "png-dir" else out.parent)
 
 
 def check_channels(channels: int, form: str) -> None:
@@ -51,12 +42,12 @@ def write(images: Tensor, out: Path, form: str, first: int = 0, columns: int | N
     """
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     if form == "npz":
-        _replace(out, lambda file: np.savez(file, pixels))
+        files.replace(out, lambda file: np.savez(file, pixels))
     elif form == "png-dir":
         for k, image in enumerate(pixels, first):
-            _replace(out / f"{k:06}.png", lambda file, image=image: picture(image).save(file, "PNG"))
+            files.replace(out / f"{k:06}.png", lambda file, image=image: picture(image).save(file, "PNG"))
     else:
-        _replace(out, lambda file: picture(grid(pixels, columns)).save(file, "PNG"))
+        files.replace(out, lambda file: picture(grid(pixels, columns)).save(file, "PNG"))
 
 
 def picture(pixels: np.ndarray) -> Image.Image:
@@ -80,19 +71,3 @@ def grid(pixels: np.ndarray, columns: int | None = None) -> np.ndarray:
         top, left = gap + k // columns * (height + gap), gap + k % columns * (width + gap)
         sheet[top : top + height, left : left + width] = tile
     return sheet
-
-
-def _replace(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write through a temporary file beside `path`, then rename."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            fill(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # a temporary file is private; this one is to be as any other
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

@@ -22,6 +22,7 @@ ORDER = (
     {"cuda_graph"},
     {"stream"},
     {"sampler"},
+    {"files"},
     {"checkpoint", "generate", "info", "pictures"},
     {"training"},
     {"compat"},

@@ -1,14 +1,14 @@
-"""Rows to a Markdown table, to JSON, and to a file that is whole or not there."""
+"""Rows to a Markdown table and to JSON."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from .. import files
 
 Row = dict[str, Any]
 """A value is text, a number, three quartiles, or None where it is not measured."""
@@ -139,19 +139,8 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"{path.parent} cannot be written: {error.strerror or error}") from error
+    files.check_folder(path.parent)
 
 
 def write(path: Path, data: bytes) -> None:
-    """Through a file beside ``path`` that is then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.replace(path, lambda file: file.write(data))

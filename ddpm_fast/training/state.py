@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, files
 from ..schedule import Schedule
 from ..unet import UNet
 from .config import Config
@@ -114,7 +114,7 @@ def save(
 ) -> Path:
     """Write ``folder``/update, then let go of those before the last ``keep``. Raises OSError."""
     made = folder / f"{update:08}"
-    with checkpoint.written_whole(made) as new:
+    with files.written_whole(made) as new:
         if isinstance(members.result, UNet):
             checkpoint.write(new, members.result, schedule, config.settings())
         else:
@@ -122,7 +122,7 @@ def save(
         checkpoint.write_tensors(new / "training.safetensors", members.tensors())
         content = {"format": FORMAT, "version": VERSION, "update": update, **info}
         content["config"] = config.to_dict()
-        (new / "training.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        files.write_json(new / "training.json", content)
     for number in numbers(folder)[:-keep]:
         old = folder / f"{number:08}"
         gone = old.with_name(f".{old.name}.old")  # half of it must not look like a checkpoint
