@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import CASES, DTYPES, EAGER, cast, check_error_rule, tuple_of, upcast
+from torch.autograd import forward_ad
 
 from ddpm_fast import ops, reference
 from ddpm_fast.ops import _dispatch
@@ -270,9 +271,13 @@ def test_forward_mode_derivatives(op, generator):
             "conv3x3": lambda: ops.conv3x3(x, weight),
         }[op]()
 
-    _, slope = torch.func.jvp(run, (x,), (v,))
     step = 1e-6
-    torch.testing.assert_close(slope, (run(x + step * v) - run(x - step * v)) / (2 * step), rtol=0, atol=1e-7)
+    expected = (run(x + step * v) - run(x - step * v)) / (2 * step)
+    _, slope = torch.func.jvp(run, (x,), (v,))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(run(forward_ad.make_dual(x, v))).tangent
+    for tangent in (slope, dual):
+        torch.testing.assert_close(tangent, expected, rtol=0, atol=1e-7)
     assert slope.abs().max() > 0.1
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..ops import group_norm_silu
+from ..ops._dispatch import is_transformed
 from ._kinds import has_hooks, is_known_norm, is_known_silu, upcasts
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -96,11 +96,9 @@ def value(x: Any) -> Any:
 
 def _is_watched() -> bool:
     """Whether the modules are to run for what they show: their operations to torch.func and to forward mode,
-    which the op does not know (`torch.func.jvp` would find zero); their outputs to hooks of all modules."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.nn.modules.module._has_any_global_hook()
+    their outputs to hooks of all modules."""
+    return is_transformed() or (
+        not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["native", "triton", "reference"]
 BACKENDS: tuple[str, ...] = ("native", "triton", "reference")
@@ -118,12 +119,19 @@ def define(
 def implementation(op: str, backend: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """What a chosen backend calls: a registered op, or the reference itself, which autograd sees through.
 
-    So does a transform of `torch.func`, which gets the reference whatever was chosen: the derivative of an op
-    would be zero to `jvp`.
+    So do `torch.func` and forward mode, which get the reference whatever was chosen: to them the derivative
+    of an op would be zero.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return reference
     return reference if backend == "reference" else _OVERLOADS[op, backend]
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward mode is at work, which see PyTorch's own operations only."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def differentiable(op: str, backend: str, reference: Callable[..., Any], *given: Tensor | None):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ... import ops
+from ...ops._dispatch import is_transformed
 from ...reference import compute_dtype
 from .run import Run
 from .tables import NotATable, Rows
@@ -117,12 +117,8 @@ class FusedOverTraining(Fused):
 
 def plain_is_due() -> bool:
     """Whether diffusers' plain operations are to run: in a trace, whose compiler fuses them, and where
-    torch.func or forward mode derives, which the ops do not know: `torch.func.jvp` would find zero."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    torch.func or forward mode transforms them, since an op looks at the timesteps' values."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def fits(value: Any, x: Any, channels: int = 1) -> bool:
