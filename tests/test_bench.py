@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import spread
 from ddpm_fast import cli
 from ddpm_fast.bench import (
     growth,
@@ -530,3 +531,30 @@ def test_pytest_runs_the_suite_too(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout and "overhead, ddim, 50" in done.stdout
+
+
+def test_the_spread_of_runs():
+    """Rows and tables that every run has; of each ratio the runs' medians."""
+
+    def run(*rows, also=()):
+        columns = [Column("op", "op", "text"), Column("backend", "backend", "text")]
+        columns += [Column("best", "best / ours", "ratio"), Column("gb_s", "GB/s", "number")]
+        rows = [
+            {"op": op, "backend": "native", "best": [ratio - 1, ratio, ratio + 9], "gb_s": 7}
+            for op, ratio in rows
+        ]
+        tables = [Table("ops", "Ops", columns, rows), *(Table(name, name, []) for name in also)]
+        return json.loads(report.as_json({}, tables))
+
+    runs = [
+        run(("a", 2), ("b", 8), ("a", 2), also=["steps"]),
+        run(("b", 9), ("a", 4)),
+        run(("a", 3), ("b", 2)),
+    ]
+    (table,) = spread.spread(runs)
+    assert [row["op"] for row in table.rows] == ["a", "b"]
+    assert [row["best"] for row in table.rows] == [[2, 3, 4], [2, 8, 9]]
+    assert "gb_s" not in table.rows[0]
+    assert "3.17x 6.00x 2.45x, worst 2.00x 4.00x 2.00x" in table.remarks[0]
+    with pytest.raises(ValueError, match="no table in common"):
+        spread.spread([runs[0], {"tables": []}])
