@@ -1,7 +1,7 @@
 """How far repeated runs of the suite agree: python benchmarks/spread.py run1.json run2.json run3.json
 
-Each file is what `ddpm-fast bench --json` wrote. A row is one of theirs; a ratio or time is the median of the runs'
-medians with the least and the greatest. Under a table: by op, the geometric mean over the shapes, run by run.
+Each file is what `ddpm-fast bench --json` wrote. A row is one that all of them have; a ratio or time is the
+median of the runs' medians, with the least and the greatest. Under it, run by run: each op's geometric mean.
 """
 
 from __future__ import annotations
