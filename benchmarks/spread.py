@@ -42,12 +42,12 @@ def _of_one(tables: list[dict[str, Any]]) -> Table:
         return tuple(row.get(column.key) for column in told)
 
     by_key = [{key(row): row for row in table["rows"]} for table in tables]
-    for name, first in by_key[0].items():
-        rows = [run[name] for run in by_key if name in run]
-        if len(rows) == len(by_key):
-            merged = {column.key: _range(row.get(column.key) for row in rows) for column in measured}
-            found.rows.append({column.key: first.get(column.key) for column in told} | merged)
-    found.remarks = _means(tables)
+    common = [name for name in by_key[0] if all(name in run for run in by_key)]
+    for name in common:
+        rows = [run[name] for run in by_key]
+        merged = {column.key: _range(row.get(column.key) for row in rows) for column in measured}
+        found.rows.append({column.key: rows[0].get(column.key) for column in told} | merged)
+    found.remarks = _means([[run[name] for name in common] for run in by_key])
     return found
 
 
@@ -59,12 +59,12 @@ def _range(values: Iterable[Any]) -> list[float] | None:
     return [min(medians), statistics.median(medians), max(medians)]
 
 
-def _means(tables: list[dict[str, Any]]) -> list[str]:
+def _means(runs: list[list[Row]]) -> list[str]:
     lines = []
-    for group in dict.fromkeys((row["op"], row["backend"]) for row in tables[0]["rows"] if "best" in row):
-        runs = [[r["best"][1] for r in t["rows"] if (r["op"], r["backend"]) == group] for t in tables]
-        means = " ".join(f"{statistics.geometric_mean(ratios):.2f}x" for ratios in runs)
-        worst = " ".join(f"{min(ratios):.2f}x" for ratios in runs)
+    for group in dict.fromkeys((row["op"], row["backend"]) for row in runs[0] if "best" in row):
+        ratios = [[row["best"][1] for row in run if (row["op"], row["backend"]) == group] for run in runs]
+        means = " ".join(f"{statistics.geometric_mean(one):.2f}x" for one in ratios)
+        worst = " ".join(f"{min(one):.2f}x" for one in ratios)
         lines.append(
             f"- {', '.join(group)}: geometric mean {means}, worst {worst} of the best peer's, by run"
         )
