@@ -25,8 +25,8 @@ Layout = Callable[[UNet], dict[str, Tensor]]
 def renamed(model: UNet, names: Mapping[str, str], pixel_dims: int) -> dict[str, Tensor]:
     """A `Layout`, by the name there of each of our modules.
 
-    What is linear in the channels of a pixel is a convolution there, of ``pixel_dims`` dimensions. A name with
-    {} is that of three modules, for q, k and v.
+    What is linear in the channels of a pixel is a convolution there, of ``pixel_dims`` dimensions. A name
+    with {} is that of three modules, for q, k and v.
     """
     views = {}
     for name, value in model.state_dict().items():

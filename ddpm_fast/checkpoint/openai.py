@@ -73,9 +73,9 @@ def load_openai(path: str | os.PathLike[str], **flags: Any) -> tuple[UNet, Sched
         path: the file.
         flags: of ``image_sample.py``, as published with the model; the others have its defaults. Those that
             say how to train or to run (``use_kl``, ``rescale_learned_sigmas``, ``use_checkpoint``,
-            ``use_fp16``) are allowed, and change nothing: `Sampler` has a ``dtype``. ``rescale_timesteps`` is
-            on in improved-diffusion and off in guided-diffusion: it must be given where ``diffusion_steps`` is
-            not 1000, so that the two differ.
+            ``use_fp16``) are allowed, and change nothing: `Sampler` has a ``dtype``. ``rescale_timesteps``,
+            on in improved-diffusion and off in guided-diffusion, must be given where they differ: where
+            ``diffusion_steps`` is not 1000.
 
     Returns:
         The U-Net in its stored dtype, on the CPU, in eval mode (its time is that of the schedule, rescaled
@@ -104,7 +104,7 @@ def load_openai(path: str | os.PathLike[str], **flags: Any) -> tuple[UNet, Sched
         model_channels=flags["num_channels"],
         out_channels=6 if flags["learn_sigma"] else 3,
         attention_resolutions=downsampling_rates(flags["image_size"], flags["attention_resolutions"]),
-        channel_mult=channel_mult(flags["image_size"], CHANNEL_MULT, flags["channel_mult"]),
+        channel_mult=channel_mult_of(flags["image_size"], CHANNEL_MULT, flags["channel_mult"]),
         num_classes=NUM_CLASSES if flags["class_cond"] else None,
         timestep_scale=1000 / T if flags["rescale_timesteps"] else 1.0,
     )
@@ -128,18 +128,18 @@ def share_openai(
     return share(config, tensors, partial(_views, by_head=not new_order), origin)
 
 
-def channel_mult(
-    image_size: int, sizes: Collection[int], given: str = "", name: str = "image size"
+def channel_mult_of(
+    image_size: int, widths: Mapping[int, tuple[float, ...]], given: str = ""
 ) -> tuple[float, ...]:
-    """As ``given``, "1,2,2" say, or by the size of the images. ValueError: one that is not in ``sizes``."""
+    """As ``given``, "1,2,2" say, or by the size of the images. ValueError: one that is not in ``widths``."""
     if given:
         return tuple(int(factor) for factor in given.split(","))
-    if image_size not in sizes:
+    if image_size not in widths:
+        sizes = ", ".join(map(str, sorted(widths)))
         raise ValueError(
-            f"unsupported {name}: {image_size}; allowed: {', '.join(map(str, sorted(sizes)))}, or with the flag "
-            "channel_mult, where there is one, any"
+            f"unsupported image size: {image_size}; allowed: {sizes}, or any, where there is a channel_mult"
         )
-    return CHANNEL_MULT[image_size]
+    return widths[image_size]
 
 
 def downsampling_rates(image_size: int, resolutions: str) -> tuple[int, ...]:
