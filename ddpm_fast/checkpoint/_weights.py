@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -140,6 +141,11 @@ def read_file(file: Path) -> Any:
             f"code from the file. If you trust it, convert it to safetensors."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, struct.error, LookupError, ValueError) as error:
+        raise ValueError(f"{file} is truncated or damaged: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # torch looks for an archive's end before the start of a file that is too short.
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
 
 

@@ -97,17 +97,7 @@ def load_openai(path: str | os.PathLike[str], **flags: Any) -> tuple[UNet, Sched
             f"rescale_timesteps must be given with diffusion_steps={T}: the default is True in "
             "improved-diffusion's scripts and False in guided-diffusion's"
         )
-    schedule, settings = _schedule(T, flags["noise_schedule"]), _settings(flags)
-    config = config_of(
-        **{name: flags[name] for name in _UNCHANGED},
-        in_channels=3,
-        model_channels=flags["num_channels"],
-        out_channels=6 if flags["learn_sigma"] else 3,
-        attention_resolutions=downsampling_rates(flags["image_size"], flags["attention_resolutions"]),
-        channel_mult=channel_mult_of(flags["image_size"], CHANNEL_MULT, flags["channel_mult"]),
-        num_classes=NUM_CLASSES if flags["class_cond"] else None,
-        timestep_scale=1000 / T if flags["rescale_timesteps"] else 1.0,
-    )
+    schedule, settings, config = _schedule(T, flags["noise_schedule"]), _settings(flags), _config(flags)
     tensors = read_tensors(Path(path))
     with torch.device("meta"):
         check_fit(_views(UNet(config)), tensors, path)
@@ -145,18 +135,6 @@ def channel_mult_of(
 def downsampling_rates(image_size: int, resolutions: str) -> tuple[int, ...]:
     """By how much an image is smaller at these sides, "16,8" say."""
     return tuple(image_size // int(side) for side in resolutions.split(","))
-
-
-_UNCHANGED = (
-    "image_size",
-    "num_res_blocks",
-    "dropout",
-    "num_heads",
-    "num_head_channels",
-    "num_heads_upsample",
-    "use_scale_shift_norm",
-    "resblock_updown",
-)
 
 
 def config_of(
@@ -208,6 +186,31 @@ def config_of(
         resnet_time_scale_shift="scale_shift" if use_scale_shift_norm else "default",
         resblock_updown=resblock_updown,
         num_class_embeds=num_classes,
+    )
+
+
+_UNCHANGED = (
+    "image_size",
+    "num_res_blocks",
+    "dropout",
+    "num_heads",
+    "num_head_channels",
+    "num_heads_upsample",
+    "use_scale_shift_norm",
+    "resblock_updown",
+)
+
+
+def _config(flags: Mapping[str, Any]) -> UNetConfig:
+    return config_of(
+        **{name: flags[name] for name in _UNCHANGED},
+        in_channels=3,
+        model_channels=flags["num_channels"],
+        out_channels=6 if flags["learn_sigma"] else 3,
+        attention_resolutions=downsampling_rates(flags["image_size"], flags["attention_resolutions"]),
+        channel_mult=channel_mult_of(flags["image_size"], CHANNEL_MULT, flags["channel_mult"]),
+        num_classes=NUM_CLASSES if flags["class_cond"] else None,
+        timestep_scale=1000 / flags["diffusion_steps"] if flags["rescale_timesteps"] else 1.0,
     )
 
 
