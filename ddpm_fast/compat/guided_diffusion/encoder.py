@@ -156,19 +156,17 @@ class Encoder(nn.Module):
                         parameter.data = parameter.data.to(dtype)
 
     def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        waves = timestep_embedding(timesteps, self.model_channels, flip_sin_to_cos=True, freq_shift=0)
-        emb = self.time_embed(waves.to(self.time_embed[0].weight.dtype))
         if (y is None) != (self.num_classes is None):
             given = "no y" if y is None else "y"
             raise AssertionError(
                 "y must be given if and only if the model is class-conditional: "
                 f"{given} was, and num_classes is {self.num_classes}"
             )
-        if y is None:
-            return emb
-        if y.shape != x.shape[:1]:
+        if y is not None and y.shape != x.shape[:1]:
             raise AssertionError(f"y must have shape ({len(x)},), got {tuple(y.shape)}")
-        return emb + self.label_emb(y)
+        waves = timestep_embedding(timesteps, self.model_channels, flip_sin_to_cos=True, freq_shift=0)
+        emb = self.time_embed(waves.to(self.time_embed[0].weight.dtype))
+        return emb if y is None else emb + self.label_emb(y)
 
 
 class EncoderUNetModel(Encoder):

@@ -109,9 +109,9 @@ class UNetModel(Encoder):
         copies them again and is cheap.
 
         Returns:
-            The same object as long as the weights are where they were. None where a `UNet` would be another
-            network: other ``dims``, no ``conv_resample``, ``use_fp16``, weights of several dtypes, other
-            heads on the way up, a subclass with a forward of its own, a hook or a module that was exchanged.
+            The same object as long as nothing but the weights' values changes. None where a `UNet` would be
+            another network: ``dims`` other than 2, no ``conv_resample``, half precision, other heads on the
+            way up, a subclass with a forward of its own, a hook, or a module that was exchanged.
         """
         now, kept = version(self), _SHARED.get(self)
         if kept is not None and kept[0] == now:
