@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import Schedule, UNet, steps
 from ddpm_fast.bench.networks import CIFAR
-from ddpm_fast.compat.peers.diffusers import arguments
+from ddpm_fast.checkpoint.diffusers import unet_config
 from ddpm_fast.engine import Buffers, Network, advancing
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}  # allocate, or are views too
@@ -62,7 +62,7 @@ def their_step(batch: int) -> Counter[str]:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(50)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model = UNet2DModel(**arguments(CIFAR)).eval()
+        model = UNet2DModel.from_config(unet_config(CIFAR)).eval()
         x = torch.empty(batch, 3, 32, 32)
         return count(lambda: scheduler.step(model(x, 500).sample, 500, x))
 

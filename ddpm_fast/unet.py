@@ -49,6 +49,12 @@ class UNetConfig:
         resnet_time_scale_shift: "default" adds the time embedding before the second norm; "scale_shift"
             scales and shifts after it (Dhariwal & Nichol 2021, arXiv 2105.05233).
         num_class_embeds: number of classes, or None for an unconditional model.
+        num_attention_heads: of every attention, whatever its channels; in place of ``attention_head_dim``.
+        resblock_updown: the resolution is changed within a residual block, by the mean of 2x2 pixels or by
+            repeating one, and not by a convolution of its own (Dhariwal & Nichol 2021, after BigGAN);
+            ``downsample_padding`` then has no effect.
+        timestep_input_dim: width of the sinusoids of the time; None for ``block_out_channels[0]``.
+        timestep_scale: the time is multiplied by it first: 1000 / T in Nichol & Dhariwal 2021.
 
     Raises:
         ValueError: naming the field, what was given and what is allowed.
@@ -75,6 +81,10 @@ class UNetConfig:
     dropout: float = 0.0
     resnet_time_scale_shift: str = "default"
     num_class_embeds: int | None = None
+    num_attention_heads: int | None = None
+    resblock_updown: bool = False
+    timestep_input_dim: int | None = None
+    timestep_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("block_out_channels", "down_attention", "up_attention", "sample_size"):
@@ -90,7 +100,8 @@ class UNetConfig:
 
         for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
             require(positive(getattr(self, name)), name, "a positive integer")
-        for name in ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim", "num_class_embeds"):
+        counts = ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim", "num_class_embeds")
+        for name in (*counts, "num_attention_heads", "timestep_input_dim"):
             value = getattr(self, name)
             require(value is None or positive(value), name, "a positive integer or None")
 
@@ -107,6 +118,10 @@ class UNetConfig:
         attended = {c for c, flag in here if flag} | ({channels[-1]} if self.mid_attention else set())
         ok = head_dim is None or all(c % head_dim == 0 for c in attended)
         require(ok, "attention_head_dim", f"None or a divisor of the attended channels {sorted(attended)}")
+        heads = self.num_attention_heads
+        ok = heads is None or (head_dim is None and all(c % heads == 0 for c in attended))
+        allowed = f"None or, without attention_head_dim, a divisor of each of {sorted(attended)}"
+        require(ok, "num_attention_heads", allowed)
         ok = self.attn_norm_num_groups is None or channels[-1] % self.attn_norm_num_groups == 0
         require(ok, "attn_norm_num_groups", f"None or a divisor of the middle's {channels[-1]} channels")
 
@@ -116,16 +131,17 @@ class UNetConfig:
         allowed = f"None, a positive multiple of {factor}, or two (each level below the first halves them)"
         require(self.sample_size is None or ok, "sample_size", allowed)
 
-        for name in ("freq_shift", "norm_eps", "mid_block_scale_factor", "dropout"):
+        for name in ("freq_shift", "norm_eps", "mid_block_scale_factor", "dropout", "timestep_scale"):
             value = getattr(self, name)
             require(isinstance(value, (int, float)) and not isinstance(value, bool), name, "a number")
-        for name in ("mid_attention", "flip_sin_to_cos", "center_input_sample"):
+        for name in ("mid_attention", "flip_sin_to_cos", "center_input_sample", "resblock_updown"):
             require(isinstance(getattr(self, name), bool), name, "True or False")
 
-        half = channels[0] // 2
-        require(self.freq_shift < half, "freq_shift", f"less than {half}, half of block_out_channels[0]")
+        half = (self.timestep_input_dim or channels[0]) // 2
+        require(self.freq_shift < half, "freq_shift", f"less than {half}, half the width of the sinusoids")
         require(self.norm_eps > 0, "norm_eps", "a positive number")
         require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
+        require(0 < self.timestep_scale < math.inf, "timestep_scale", "a positive number")
         require(self.mid_block_scale_factor != 0, "mid_block_scale_factor", "a number other than 0")
         require(0 <= self.dropout < 1, "dropout", "0 <= dropout < 1")
         ok = self.resnet_time_scale_shift in ("default", "scale_shift")
@@ -137,12 +153,18 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """Inverse of :meth:`to_dict`. Raises ValueError naming every field that is unknown or missing."""
+        """Inverse of :meth:`to_dict`. Raises ValueError naming every field that is unknown or missing.
+
+        A field that came after the first checkpoints were written may be missing: it has its default.
+        """
         names = {field.name for field in fields(cls)}
-        unknown, missing = sorted(values.keys() - names), sorted(names - values.keys())
+        unknown, missing = sorted(values.keys() - names), sorted(names - _LATER - values.keys())
         if unknown or missing:
             raise ValueError(f"UNetConfig.from_dict: unknown fields {unknown}, missing fields {missing}")
         return cls(**values)
+
+
+_LATER = {"num_attention_heads", "resblock_updown", "timestep_input_dim", "timestep_scale"}
 
 
 def timestep_embedding(
@@ -241,13 +263,20 @@ class ResBlock(nn.Module):
 
     ``time`` is what `time_emb_proj` made of the time embedding, (B, C_out) or (B, 2 C_out), and ``bias`` is
     `last_bias`: neither depends on x, so that a run computes them once. With ``skip`` the input is [x, skip].
+    With ``resize`` "down" or "up", H and W are halved or doubled between the first SiLU and convolution.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: UNetConfig, output_scale: float = 1.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: UNetConfig,
+        output_scale: float = 1.0,
+        resize: str | None = None,
     ) -> None:
         super().__init__()
         self.output_scale = output_scale
+        self.resize = resize
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.norm1 = GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
@@ -265,6 +294,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
         h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
+        if self.resize == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resize == "up":
+            h, x = _repeat(h), _repeat(x)
         h = self.conv1(h)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
@@ -287,7 +320,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.output_scale = output_scale
-        self.heads = channels // (config.attention_head_dim or channels)
+        self.heads = config.num_attention_heads or channels // (config.attention_head_dim or channels)
         self.group_norm = None if groups is None else GroupNorm(groups, channels, config.norm_eps)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = _zero(nn.Linear(channels, channels))
@@ -321,7 +354,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(_repeat(x))
 
 
 class Level(nn.Module):
@@ -352,6 +385,7 @@ class UNet(nn.Module):
         channels, groups = config.block_out_channels, config.norm_num_groups
         width, last = channels[0], len(channels) - 1
         time_dim = config.time_embedding_dim or 4 * width
+        waves = config.timestep_input_dim or width
 
         def level(widths: list[tuple[int, int]], attend: bool, resample: nn.Module | None) -> Level:
             resnets = [ResBlock(before, after, config) for before, after in widths]
@@ -360,9 +394,14 @@ class UNet(nn.Module):
             ]
             return Level(resnets, attentions, resample)
 
+        def resample(out: int, resize: str) -> nn.Module:
+            if config.resblock_updown:
+                return ResBlock(out, out, config, resize=resize)
+            return Downsample(out, config.downsample_padding) if resize == "down" else Upsample(out)
+
         self.time_embedding = nn.Sequential(
             OrderedDict(
-                linear_1=RowLinear(width, time_dim),
+                linear_1=RowLinear(waves, time_dim),
                 act=nn.SiLU(),
                 linear_2=RowLinear(time_dim, time_dim),
             )
@@ -375,8 +414,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, (out, attend) in enumerate(zip(channels, config.down_attention, strict=True)):
             widths = [(width, out)] + [(out, out)] * (config.layers_per_block - 1)
-            resample = Downsample(out, config.downsample_padding) if i < last else None
-            self.down_blocks.append(level(widths, attend, resample))
+            self.down_blocks.append(level(widths, attend, resample(out, "down") if i < last else None))
             skips += [out] * (config.layers_per_block + (i < last))
             width = out
 
@@ -392,7 +430,7 @@ class UNet(nn.Module):
         for i, (out, attend) in enumerate(zip(channels[::-1], config.up_attention, strict=True)):
             inner = [width] + [out] * config.layers_per_block
             widths = [(before + skips.pop(), out) for before in inner]
-            self.up_blocks.append(level(widths, attend, Upsample(out) if i < last else None))
+            self.up_blocks.append(level(widths, attend, resample(out, "up") if i < last else None))
             width = out
 
         self.conv_norm_out = GroupNorm(groups, width, config.norm_eps)
@@ -495,10 +533,16 @@ class UNet(nn.Module):
         """Every residual block, in the order in which the network calls them."""
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from level.resnets
+            if isinstance(level.resample, ResBlock):
+                yield level.resample
 
     def _body(self, x: Tensor, times: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         """The network on x and what does not depend on it: each block's `time` and `bias`."""
         given = iter(zip(times, biases, strict=True))
+
+        def resampled(h: Tensor, resample: nn.Module) -> Tensor:
+            return resample(h, *next(given)) if isinstance(resample, ResBlock) else resample(h)
+
         h = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [h]
         for level in self.down_blocks:
@@ -506,7 +550,7 @@ class UNet(nn.Module):
                 h = attention(resnet(h, *next(given)))
                 skips.append(h)
             if level.resample is not None:
-                h = level.resample(h)
+                h = resampled(h, level.resample)
                 skips.append(h)
         for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
             h = attention(resnet(h, *next(given)))
@@ -514,7 +558,7 @@ class UNet(nn.Module):
             for resnet, attention in zip(level.resnets, level.attentions, strict=True):
                 h = attention(resnet(h, *next(given), skips.pop()))
             if level.resample is not None:
-                h = level.resample(h)
+                h = resampled(h, level.resample)
         return self.conv_out(self.conv_norm_out(h))
 
     def _times(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -525,13 +569,14 @@ class UNet(nn.Module):
             t = torch.full((), t, dtype=exact, device=x.device)
         if t.shape not in ((), (1,), (batch,)):
             raise ValueError(f"t must be a number or have shape () or ({batch},), got {tuple(t.shape)}")
-        return t.to(device=x.device, dtype=exact).reshape(-1)
+        t = t.to(device=x.device, dtype=exact).reshape(-1)
+        return t if self.config.timestep_scale == 1 else t * self.config.timestep_scale
 
     def _embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """SiLU of the embedding of time and class, which broadcast: (1 or B, time_dim)."""
         waves = timestep_embedding(
             t,
-            self.config.block_out_channels[0],
+            self.config.timestep_input_dim or self.config.block_out_channels[0],
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         )
@@ -557,6 +602,11 @@ class UNet(nn.Module):
             )
         if class_labels is not None and class_labels.shape != shape:
             raise ValueError(f"class_labels must have shape {tuple(shape)}, got {tuple(class_labels.shape)}")
+
+
+def _repeat(x: Tensor) -> Tensor:
+    """Every pixel four times: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _residual(x: Tensor, h: Tensor, output_scale: float) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import load, load_diffusers, save
+from ddpm_fast.checkpoint import load, load_diffusers, save, save_diffusers
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.unet import UNet, UNetConfig
 
@@ -384,6 +385,33 @@ def test_missing_files(theirs, diffusers, tmp_path):
         load_diffusers(tmp_path)
     with pytest.raises(TypeError, match="got int"):
         load_diffusers(3)
+
+
+def test_residual_blocks_that_resize_go_to_diffusers_and_back(diffusers, tmp_path):
+    config = replace(CONFIG, resblock_updown=True, norm_eps=1e-5)
+    torch.manual_seed(0)
+    model = UNet(config).eval()
+    for value in model.parameters():
+        torch.nn.init.normal_(value, 0.0, 0.1)
+    save_diffusers(tmp_path / "pipeline", model, Schedule.linear())
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "pipeline" / "unet")
+    assert theirs.config.down_block_types == ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]
+    assert_same_output(model, theirs)
+    assert load(tmp_path / "pipeline")[0].config == config
+    # A convolution in one level and a residual block in the other is no config of ours.
+    edit_json(
+        tmp_path / "pipeline" / "unet" / "config.json", down_block_types=["DownBlock2D", "AttnDownBlock2D"]
+    )
+    with pytest.raises(ValueError, match=r"has \['DownBlock2D'\], allowed: \['ResnetDownsampleBlock2D'"):
+        load(tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize("field", ["num_attention_heads", "timestep_input_dim", "timestep_scale"])
+def test_what_diffusers_has_no_word_for(tmp_path, field):
+    model = UNet(replace(CONFIG, **{field: 8}))
+    with pytest.raises(ValueError, match=f"UNet2DModel has no word for UNetConfig.{field}=8"):
+        save_diffusers(tmp_path / "pipeline", model, Schedule.linear(3))
+    assert os.listdir(tmp_path) == []
 
 
 # Our own format

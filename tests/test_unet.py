@@ -67,6 +67,19 @@ CONFIGS = {
         "downsample_padding": 1,
         "center_input_sample": True,
     },
+    "resblock-updown": {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("ResnetDownsampleBlock2D", AD, AD),
+        "up_block_types": (AU, AU, "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "layers_per_block": 1,
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 32,
+        "attention_head_dim": 16,
+        "num_class_embeds": 7,
+    },
     "no-mid-attention": {
         "sample_size": 8,
         "block_out_channels": (32, 64),
@@ -219,6 +232,26 @@ WIDE = UNetConfig((128, 256), (False, False), (False, False), norm_num_groups=32
 """As wide as google/ddpm-cifar10-32: where a BLAS has other kernels for a few rows than for many."""
 
 
+@torch.inference_mode()
+def test_timestep_scale():
+    model, x = random_unet(replace(SMALL, timestep_scale=0.25)), torch.randn(2, 3, 8, 8)
+    plain = random_unet()
+    assert torch.equal(model(x, torch.tensor([40, 4])), plain(x, torch.tensor([10, 1])))
+    assert torch.equal(model(x, 3), plain(x, 0.75))
+
+
+@torch.inference_mode()
+def test_heads_are_counted_or_have_a_width():
+    config = replace(SMALL, block_out_channels=(32, 32))
+    counted, wide = (
+        random_unet(replace(config, **heads))
+        for heads in ({"num_attention_heads": 4}, {"attention_head_dim": 8})
+    )
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(counted(x, 3), wide(x, 3))
+    assert not torch.equal(counted(x, 3), random_unet(config)(x, 3))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 @pytest.mark.parametrize(
     "config",
@@ -228,8 +261,9 @@ WIDE = UNetConfig((128, 256), (False, False), (False, False), norm_num_groups=32
         replace(SMALL, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4),
         replace(SMALL, num_class_embeds=7),
         replace(WIDE, resnet_time_scale_shift="scale_shift", num_class_embeds=3),
+        replace(SMALL, resblock_updown=True, timestep_scale=0.3, timestep_input_dim=24),
     ],
-    ids=["add", "wide", "scale_shift", "classes", "wide-scale_shift-classes"],
+    ids=["add", "wide", "scale_shift", "classes", "wide-scale_shift-classes", "updown-time"],
 )
 @torch.inference_mode()
 def test_time_rows_are_bit_equal_to_a_call(config, batch):
@@ -346,8 +380,9 @@ def test_never_asks_the_host():
         random_unet()(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))
 
 
-def test_untrained_network_predicts_zero():
-    model = UNet(SMALL)
+@pytest.mark.parametrize("updown", [False, True])
+def test_untrained_network_predicts_zero(updown):
+    model = UNet(replace(SMALL, resblock_updown=updown))
     assert not model(torch.randn(2, 3, 8, 8), 5).any()
     zeros = {name for name, value in model.named_parameters() if "weight" in name and not value.any()}
     blocks = [name for name, _ in model.named_modules() if name.endswith((".conv2", ".to_out"))]
@@ -355,7 +390,8 @@ def test_untrained_network_predicts_zero():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = random_unet(replace(SMALL, num_class_embeds=3, resnet_time_scale_shift="scale_shift")).train()
+    config = replace(SMALL, num_class_embeds=3, resnet_time_scale_shift="scale_shift", resblock_updown=True)
+    model = random_unet(config).train()
     model(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])).square().sum().backward()
     assert [
         name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()
@@ -389,7 +425,11 @@ def test_config_round_trip():
     again = UNetConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert hash(again) == hash(config)
-    values = config.to_dict() | {"colour": "red"}
+    values = config.to_dict()
+    for field in ("num_attention_heads", "resblock_updown", "timestep_input_dim", "timestep_scale"):
+        del values[field]  # which the first checkpoints did not have
+    assert UNetConfig.from_dict(values) == config
+    values |= {"colour": "red"}
     del values["norm_eps"]
     with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing fields \['norm_eps'\]"):
         UNetConfig.from_dict(values)
@@ -421,12 +461,25 @@ def test_config_round_trip():
         ("dropout", 1.0),
         ("resnet_time_scale_shift", "spatial"),
         ("num_class_embeds", 0),
+        ("num_attention_heads", 3),
+        ("num_attention_heads", 0),
+        ("resblock_updown", 1),
+        ("timestep_input_dim", 0),
+        ("timestep_scale", 0),
+        ("timestep_scale", float("inf")),
     ],
 )
 def test_config_errors_name_the_field_and_what_is_allowed(field, value):
     named = "block_out_channels" if field == "norm_num_groups" else field
     with pytest.raises(ValueError, match=rf"UNetConfig\.{named}: got .*, allowed: "):
         replace(SMALL, **{field: value})
+
+
+def test_heads_are_not_both():
+    with pytest.raises(
+        ValueError, match=r"num_attention_heads: got 2, allowed: None or, without attention_head"
+    ):
+        replace(SMALL, num_attention_heads=2, attention_head_dim=8)
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import _diffusers_views
-from ...unet import UNet, UNetConfig
+from ...checkpoint.diffusers import _diffusers_views, unet_config
+from ...unet import UNet
 from . import Missing, Network, Peer, compiled, require
-
-
-def arguments(config: UNetConfig) -> dict[str, Any]:
-    """``UNet2DModel``'s, for the network that our config describes."""
-    own = config.to_dict()
-    down, up, add_attention = (own.pop(f"{part}_attention") for part in ("down", "up", "mid"))
-    del own["num_class_embeds"]
-    return own | {
-        "down_block_types": [f"{'Attn' * flag}DownBlock2D" for flag in down],
-        "up_block_types": [f"{'Attn' * flag}UpBlock2D" for flag in up],
-        "add_attention": add_attention,
-    }
 
 
 def unet(model: UNet) -> nn.Module:
@@ -37,7 +25,7 @@ def unet(model: UNet) -> nn.Module:
 
     weight = model.conv_in.weight
     with weight.device:
-        twin = UNet2DModel(**arguments(model.config))
+        twin = UNet2DModel.from_config(unet_config(model.config))
     twin.load_state_dict(_diffusers_views(model))
     return twin.train(model.training)
 

@@ -1,120 +1,22 @@
-"""From files to a U-Net, its schedule and the sampler settings it was published with, and back to files.
-
-Two layouts are read and written: diffusers' (read from live objects too) and our own, a folder with
-
-    config.json        {"format": "ddpm_fast", "version": 1, "unet": {...}, "settings": {...}}
-    model.safetensors  the weights, and float64 "schedule.betas" and "schedule.alphas_cumprod"
-"""
+"""diffusers: its folders and live objects to our U-Net, schedule and settings, and its configs of ours."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickle
 import re
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import reduce
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import files
-from .schedule import Schedule
-from .unet import UNet, UNetConfig
+from ..schedule import Schedule
+from ..unet import UNet, UNetConfig
+from ._weights import build, directory, read_json, read_tensors, share
 
-__all__ = ["DIGITS", "load", "load_diffusers", "save", "save_diffusers", "share_diffusers"]
-
-DIGITS = Path(__file__).parent / "weights" / "digits"
-"""The checkpoint that comes with the package: `load(DIGITS)`."""
-
-_FORMAT, _VERSION = "ddpm_fast", 1
-_DIFFUSERS = "0.42.0"  # whose configs `save_diffusers` writes
-_ARRAYS = ("betas", "alphas_cumprod")
-_Layout = Callable[[UNet], dict[str, Tensor]]
-
-
-# Our own format
-
-
-def save(
-    folder: str | os.PathLike[str],
-    model: UNet,
-    schedule: Schedule,
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a checkpoint that `load` gives back bit for bit.
-
-    It is written beside ``folder`` and renamed into place: nothing is ever half written. An existing
-    checkpoint is replaced whole, with every other file in its folder.
-
-    Args:
-        folder: to be created, with its parents.
-        model: in any dtype, layout and device; the layout is not recorded.
-        schedule: the noise schedule it was trained with.
-        settings: keyword arguments for the sampler; values that JSON can hold.
-
-    Raises:
-        TypeError: not a UNet (not a compiled one either: pass what was compiled), or settings not for JSON.
-        FileExistsError: ``folder`` is a file, or a folder with something other than a checkpoint in it.
-    """
-    _check_model(model)
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and (_is_ours(folder) or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} exists and is not a ddpm_fast checkpoint: not replaced")
-    with files.written_whole(folder) as new:
-        write(new, model, schedule, settings)
-
-
-def write(folder: Path, model: UNet, schedule: Schedule, settings: Mapping[str, Any] | None = None) -> None:
-    """The files of `save`, in a folder that is there; within `written_whole`, with others beside them."""
-    config = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "unet": model.config.to_dict(),
-        "settings": dict(settings or {}),
-    }
-    tensors = {f"schedule.{name}": torch.tensor(getattr(schedule, name)) for name in _ARRAYS}
-    files.write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", model.state_dict() | tensors)
-
-
-def load(folder: str | os.PathLike[str]) -> tuple[UNet, Schedule, dict[str, Any]]:
-    """Read a checkpoint folder: one that `save` wrote, or else diffusers' (see `load_diffusers`).
-
-    Returns:
-        The U-Net in its stored dtype, on the CPU, in eval mode; its schedule; the sampler settings, for
-        ``Sampler(model, schedule, **settings)``.
-
-    Raises:
-        NotADirectoryError, FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: a file that is damaged or of a newer version, or weights that do not fit the config.
-    """
-    folder = _directory(folder)
-    if not _is_ours(folder):
-        return load_diffusers(folder)
-    file = folder / "config.json"
-    config = _read_json(file)
-    if config.get("version") != _VERSION:
-        raise ValueError(f"{file}: version is {config.get('version')!r}, this ddpm_fast reads {_VERSION}")
-    for name in ("unet", "settings"):
-        if not isinstance(config.get(name), dict):
-            raise ValueError(f"{file}: {name} must be an object, got {config.get(name)!r}")
-    file = folder / "model.safetensors"
-    tensors = _read_tensors(file)
-    if lacking := {f"schedule.{name}" for name in _ARRAYS} - tensors.keys():
-        raise ValueError(f"{file} lacks {sorted(lacking)}")
-    schedule = Schedule(*(tensors.pop(f"schedule.{name}").numpy() for name in _ARRAYS))
-    model = _build(UNetConfig.from_dict(config["unet"]), tensors, UNet.state_dict, file)
-    return model, schedule, config["settings"]
-
-
-# diffusers
+VERSION = "0.42.0"  # whose configs are written
 
 
 def load_diffusers(source: Any) -> tuple[UNet, Schedule, dict[str, Any]]:
@@ -138,7 +40,7 @@ def load_diffusers(source: Any) -> tuple[UNet, Schedule, dict[str, Any]]:
     """
     scheduler: Mapping[str, Any] = {"_class_name": "DDPMScheduler"}
     if isinstance(source, (str, os.PathLike)):
-        origin = _directory(source)
+        origin = directory(source)
         # diffusers also reads pipelines without subfolders, such as the google/ddpm-* ones.
         folder, scheduler_folder = (
             part if (part := origin / name).is_dir() else origin for name in ("unet", "scheduler")
@@ -146,7 +48,7 @@ def load_diffusers(source: Any) -> tuple[UNet, Schedule, dict[str, Any]]:
         file = folder / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{origin} holds no model: it has no config.json and no unet/config.json")
-        config = _read_json(file)
+        config = read_json(file)
         if config.get("_class_name") != "UNet2DModel":
             raise ValueError(
                 f"{file} is neither of a ddpm_fast checkpoint nor of a diffusers UNet2DModel: "
@@ -155,7 +57,7 @@ def load_diffusers(source: Any) -> tuple[UNet, Schedule, dict[str, Any]]:
         tensors = _read_weights(folder)
         file = scheduler_folder / "scheduler_config.json"
         if file.is_file():
-            scheduler = _read_json(file)
+            scheduler = read_json(file)
         elif (origin / "model_index.json").is_file():
             raise FileNotFoundError(f"{origin} is a pipeline, but {file} is missing")
     else:
@@ -170,7 +72,7 @@ def load_diffusers(source: Any) -> tuple[UNet, Schedule, dict[str, Any]]:
         config, tensors, origin = unet.config, unet.state_dict(), type(unet).__name__
     schedule, settings = _convert_scheduler(scheduler)
     tensors = {_OLD_ATTENTION.sub(_modern, name): value for name, value in tensors.items()}
-    return _build(_convert_unet(config), tensors, _diffusers_views, origin), schedule, settings
+    return build(_convert_unet(config), tensors, _diffusers_views, origin), schedule, settings
 
 
 def share_diffusers(unet: Any) -> tuple[UNet, list[tuple[Tensor, Tensor]]]:
@@ -185,22 +87,7 @@ def share_diffusers(unet: Any) -> tuple[UNet, list[tuple[Tensor, Tensor]]]:
     Raises:
         ValueError: as `load_diffusers`.
     """
-    tensors = unet.state_dict()
-    with torch.device("meta"):
-        model = UNet(_convert_unet(unet.config))
-    _check_fit(_diffusers_views(model), tensors, type(unet).__name__)
-    dtype = reduce(torch.promote_types, {value.dtype for value in tensors.values()})
-    model = model.to(dtype).to_empty(device=next(iter(tensors.values())).device).eval()
-    whole = {(parameter.data_ptr(), parameter.shape): parameter for parameter in model.parameters()}
-    copies = []
-    for name, view in _diffusers_views(model).items():
-        parameter = whole.get((view.data_ptr(), view.shape))
-        if parameter is None or parameter.dtype != tensors[name].dtype:
-            view.copy_(tensors[name])
-            copies.append((view, tensors[name]))
-        else:
-            parameter.data = tensors[name]
-    return model, copies
+    return share(_convert_unet(unet.config), unet.state_dict(), _diffusers_views, type(unet).__name__)
 
 
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
@@ -248,14 +135,19 @@ _UNET_DEFAULTS = {
 _UNET_LAYOUT = {  # what `_convert_unet` makes booleans of
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "downsample_type": "conv",
+    "upsample_type": "conv",
     "add_attention": True,
 }
+_PLAIN_BLOCKS = {  # down and up, by how they change the resolution
+    "conv": ("DownBlock2D", "UpBlock2D"),
+    "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+}
+_ATTENDING_BLOCKS = ("AttnDownBlock2D", "AttnUpBlock2D")  # which go by downsample_type and upsample_type
 _UNET_FIXED = {  # all that is converted, the default first
     "_class_name": ("UNet2DModel",),
     "time_embedding_type": ("positional",),
     "mid_block_type": ("UNetMidBlock2D",),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
     "act_fn": ("silu", "swish"),
     "class_embed_type": (None,),
 }
@@ -263,9 +155,11 @@ _UNET_FIXED = {  # all that is converted, the default first
 
 def _convert_unet(config: Mapping[str, Any]) -> UNetConfig:
     config = _complete(config, _UNET_DEFAULTS | _UNET_LAYOUT, _UNET_FIXED)
+    upsample = _choose(config, "upsample_type", {name: name for name in _PLAIN_BLOCKS})
+    plain_blocks = _choose(config, "downsample_type", {upsample: _PLAIN_BLOCKS[upsample]})
 
-    def attention(field: str, plain: str) -> tuple[bool, ...]:
-        kinds = {plain: False, f"Attn{plain}": True}
+    def attention(field: str, plain: str, attending: str) -> tuple[bool, ...]:
+        kinds = {plain: False, attending: True}
         names = [name.removeprefix("UNetRes") for name in config[field]]  # as configs of 2022 wrote them
         if unknown := [name for name in names if name not in kinds]:
             raise ValueError(f"UNet2DModel: {field} has {unknown}, allowed: {[*kinds]}")
@@ -273,72 +167,41 @@ def _convert_unet(config: Mapping[str, Any]) -> UNetConfig:
 
     return UNetConfig(
         **{field: config[field] for field in _UNET_DEFAULTS},
-        down_attention=attention("down_block_types", "DownBlock2D"),
-        up_attention=attention("up_block_types", "UpBlock2D"),
+        down_attention=attention("down_block_types", plain_blocks[0], _ATTENDING_BLOCKS[0]),
+        up_attention=attention("up_block_types", plain_blocks[1], _ATTENDING_BLOCKS[1]),
         mid_attention=config["add_attention"],
+        resblock_updown=upsample == "resnet",
     )
 
 
-def save_diffusers(
-    folder: str | os.PathLike[str],
-    model: UNet,
-    schedule: Schedule,
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a folder that ``diffusers.DDPMPipeline.from_pretrained`` loads; the inverse of `load_diffusers`.
-
-    diffusers is not needed. The betas are written one by one, whatever they were made by; diffusers rounds
-    them to float32. Of the settings those of a `DDPMScheduler` are written: prediction, clip, variance,
-    spacing and steps_offset; another method's scheduler is made of them by its ``from_config``.
-
-    Args:
-        folder: to be created, with its parents. An existing pipeline's folder is replaced whole.
-        model, schedule, settings: as in `save`.
-
-    Raises:
-        TypeError: not a UNet.
-        ValueError: a setting that diffusers has no word for.
-        FileExistsError: ``folder`` is a file, or a folder with something other than a pipeline in it.
-    """
-    _check_model(model)
-    folder = Path(folder).resolve()
-    ours = (folder / "model_index.json").is_file()
-    if folder.exists() and not (folder.is_dir() and (ours or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} exists and is not a diffusers pipeline: not replaced")
-    index = {
-        "_class_name": "DDPMPipeline",
-        "_diffusers_version": _DIFFUSERS,
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    scheduler = _scheduler_of(schedule, dict(settings or {}))
-    with files.written_whole(folder) as new:
-        (new / "unet").mkdir()
-        (new / "scheduler").mkdir()
-        files.write_json(new / "model_index.json", index)
-        files.write_json(new / "unet" / "config.json", _unet_of(model.config))
-        write_tensors(new / "unet" / "diffusion_pytorch_model.safetensors", _diffusers_views(model))
-        files.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
-
-
-def _unet_of(config: UNetConfig) -> dict[str, Any]:
-    """Inverse of `_convert_unet`."""
+def unet_config(config: UNetConfig) -> dict[str, Any]:
+    """Inverse of `_convert_unet`. Raises ValueError for a field that ``UNet2DModel`` has no word for."""
     fields = config.to_dict()
+    for field, default in _UNSPOKEN.items():
+        if fields[field] != default:
+            raise ValueError(f"diffusers' UNet2DModel has no word for UNetConfig.{field}={fields[field]!r}")
+    resample = "resnet" if config.resblock_updown else "conv"
 
-    def kinds(field: str, plain: str) -> list[str]:
-        return [f"Attn{plain}" if attends else plain for attends in fields[field]]
+    def kinds(side: str, index: int) -> list[str]:
+        names = (_PLAIN_BLOCKS[resample][index], _ATTENDING_BLOCKS[index])
+        return [names[attends] for attends in fields[f"{side}_attention"]]
 
     return {
         **{field: allowed[0] for field, allowed in _UNET_FIXED.items()},
-        "_diffusers_version": _DIFFUSERS,
+        "_diffusers_version": VERSION,
         **{field: fields[field] for field in _UNET_DEFAULTS},
-        "down_block_types": kinds("down_attention", "DownBlock2D"),
-        "up_block_types": kinds("up_attention", "UpBlock2D"),
+        "down_block_types": kinds("down", 0),
+        "up_block_types": kinds("up", 1),
+        "downsample_type": resample,
+        "upsample_type": resample,
         "add_attention": config.mid_attention,
     }
 
 
-def _scheduler_of(schedule: Schedule, settings: dict[str, Any]) -> dict[str, Any]:
+_UNSPOKEN = {"num_attention_heads": None, "timestep_input_dim": None, "timestep_scale": 1.0}
+
+
+def scheduler_config(schedule: Schedule, settings: dict[str, Any]) -> dict[str, Any]:
     """Inverse of `_convert_scheduler`, for DDPM."""
     clip = settings.get("clip", 1.0)
     prediction = settings.get("prediction", "epsilon")
@@ -350,7 +213,7 @@ def _scheduler_of(schedule: Schedule, settings: dict[str, Any]) -> dict[str, Any
         raise ValueError(f"spacing: diffusers has no list of timesteps, got {spacing!r}")
     return {
         "_class_name": "DDPMScheduler",
-        "_diffusers_version": _DIFFUSERS,
+        "_diffusers_version": VERSION,
         "num_train_timesteps": schedule.T,
         "trained_betas": schedule.betas.tolist(),
         "prediction_type": predictions[prediction],
@@ -481,111 +344,14 @@ def _choose(config: Mapping[str, Any], field: str, allowed: Mapping[Any, Any]) -
     )
 
 
-# Files and weights
-
-
-def _build(config: UNetConfig, tensors: dict[str, Tensor], layout: _Layout, origin: Any) -> UNet:
-    """A U-Net in the tensors' dtype, on their device; ``layout`` names its parameters as the tensors do."""
-    with torch.device("meta"):  # no memory and no random numbers for weights that are overwritten
-        model = UNet(config)
-    _check_fit(layout(model), tensors, origin)
-    dtype = reduce(torch.promote_types, {value.dtype for value in tensors.values()})
-    model = model.to(dtype).to_empty(device=next(iter(tensors.values())).device)
-    for name, parameter in layout(model).items():
-        parameter.copy_(tensors[name])
-    return model.eval()
-
-
-def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: Any) -> None:
-    """ValueError naming what is missing, unexpected, of another shape, or not floating."""
-
-    def named(items: Iterable[str]) -> str:
-        items = sorted(items)
-        return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
-
-    def differing() -> Iterator[str]:
-        for name in expected.keys() & given.keys():
-            (shape, dtype), wanted = (given[name].shape, given[name].dtype), expected[name].shape
-            if shape != wanted or not dtype.is_floating_point:
-                yield f"{name} (is {dtype} {tuple(shape)}, must be floating {tuple(wanted)})"
-
-    faults = {
-        "missing": expected.keys() - given.keys(),
-        "unexpected": given.keys() - expected.keys(),
-        "misshapen": [*differing()],
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{kind}: {named(names)}" for kind, names in faults.items() if names)
-        raise ValueError(f"{origin}: the weights do not fit the config. {told}")
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, UNet):
-        raise TypeError(f"model must be a ddpm_fast UNet, got {type(model).__name__}")
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """As safetensors, with the permissions of any other file. Raises OSError where there is no room."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:
-        raise OSError(f"{file} cannot be written: {error}") from error
-    files.as_any_other(file)
-
-
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of diffusers' weight files in ``folder``, safetensors before pickles."""
     for suffix in ("safetensors", "bin"):
         file = folder / f"diffusion_pytorch_model.{suffix}"
         index = folder / f"{file.name}.index.json"
         if file.is_file():
-            return _read_tensors(file)
+            return read_tensors(file)
         if index.is_file():
-            shards = sorted(set(_read_json(index)["weight_map"].values()))
-            return {name: value for shard in shards for name, value in _read_tensors(folder / shard).items()}
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            return {name: value for shard in shards for name, value in read_tensors(folder / shard).items()}
     raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors or .bin")
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, on the CPU. ValueError if it is damaged, or a pickle that would run code."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is refused: it holds more than tensors and would need weights_only=False, which runs "
-            f"code from the file. If you trust it, convert it to safetensors."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, struct.error, LookupError, ValueError) as error:
-        raise ValueError(f"{file} is truncated or damaged: {error}") from error
-    if not (isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())):
-        raise ValueError(f"{file} must hold a dict of tensors by name and nothing else")
-    return tensors
-
-
-def _is_ours(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and _read_json(file).get("format") == _FORMAT
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _directory(folder: str | os.PathLike[str]) -> Path:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder (a model on a hub must be downloaded first)")
-    return folder

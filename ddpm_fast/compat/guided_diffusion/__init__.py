@@ -1,0 +1,1 @@
+"""OpenAI's guided-diffusion: import from here in place of ``guided_diffusion``."""
