@@ -38,7 +38,7 @@ Data = Annotated[str | None, _option("A folder of images, or an .npz; default: t
 First = Annotated[int, _option("The first images of the data; default: 64.")]
 Seed = Annotated[int, _option("64 bits, of the noise; default: 0.")]
 Pairs = Annotated[int, _option("Images at a time, at any t; default: 128.")]
-Json = Annotated[Path | None, _option("A file for all numbers; -: to stdout, and nothing else.", "--json")]
+Json = Annotated[Path | None, _option("A file for all numbers; -: stdout, in place of lines.", "--json")]
 
 
 @app.command()
@@ -211,9 +211,7 @@ def verify(
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is not known; allowed: {', '.join(DTYPES)}")
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png")
-    pictures.check_writable(out, "png-grid")
+    pictures.check_png("--out", out)
     found = run_both(
         folder,
         method=method,

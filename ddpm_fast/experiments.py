@@ -101,7 +101,7 @@ def bpd(asked: Asked, out: Path | None) -> None:
 def progressive(asked: Asked, out: Path, plot_to: Path | None) -> None:
     """The rate-distortion curve of progressive decoding, and what a receiver sees of the first images."""
     draw = _plotter("--plot", plot_to, "rate-distortion.png")
-    _check_png(out)
+    pictures.check_png("--out", out)
     model, schedule, settings, x0 = asked.load(asked.n)
     pictures.check_channels(x0.shape[1], "png-grid")
     times = torch.linspace(schedule.T - 1, 0, SHOWN + 1).round().long().unique().flip(0).tolist()
@@ -121,7 +121,7 @@ def interpolate(asked: Asked, t: int | None, mixes: int, method: str, steps: int
     """Images k and n + k, and between them the mixes, a row a pair."""
     if mixes < 2:
         raise ValueError(f"--mixes must be at least 2, got {mixes}")
-    _check_png(out)
+    pictures.check_png("--out", out)
     model, schedule, settings, x0 = asked.load(2 * asked.n)
     pictures.check_channels(x0.shape[1], "png-grid")
     t = schedule.T // 2 if t is None else t
@@ -154,12 +154,6 @@ def _plotter(option: str, given: Path | None, default: str) -> Draw:
         report.write(path, plot.draw([report.Table(title, title, [], rows, pictures=[curve])], form))
 
     return draw
-
-
-def _check_png(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png")
-    pictures.check_writable(out, "png-grid")
 
 
 def _write_rows(images: Tensor, out: Path) -> None:

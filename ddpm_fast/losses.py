@@ -266,7 +266,8 @@ def bound_term(x0: Tensor, apart: Tensor, t: Tensor, logs: Tensor, v: Tensor | N
 
 def normal_kl(apart: Tensor, log_var: Tensor, other: Tensor) -> Tensor:
     """KL(N(m, exp(log_var)) || N(m - apart, exp(other))) of each element, in nats."""
-    return 0.5 * (other - log_var + (log_var - other).exp() - 1 + apart.square() * (-other).exp())
+    ratio = log_var - other
+    return 0.5 * (ratio.expm1() - ratio + apart.square() * (-other).exp())
 
 
 def _log_likelihood(x: Tensor, from_mean: Tensor, log_var: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class BitsPerDim:
     Attributes:
         total: (B,), ``prior + vb.sum(1)``: at least ``-log2 p(x0) / D`` on average over the noise (eq. 5).
         prior: (B,), ``KL(q(x_{T-1} | x0) || N(0, I))``: what it costs to send the noisiest x.
-        vb: (B, T): at t > 0 ``KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))``, at 0 ``-log2 p(x0 | x_0)``.
+        vb: (B, T): at t > 0 ``KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))``, at 0 ``-log2 p(x0 | x_t)``.
         x0_mse: (B, T), the mean squared error of the x0 that is predicted (and clipped) at t.
         mse: (B, T), of the noise that goes with this x0: SNR times as much.
     """
@@ -41,7 +41,8 @@ class BitsPerDim:
     def rate(self) -> Tensor:
         """(B, T): the bits a dimension that were sent when the receiver has x_t (algorithms 3 and 4).
 
-        Of vb it holds the columns above t. What makes x0 of the last, lossy x0 is ``vb[:, 0]`` more.
+        That is the prior and the columns of vb above t. To make of the last x0 the true one takes
+        ``vb[:, 0]`` more.
         """
         sent = self.vb.flip(1).cumsum(1).flip(1)
         return self.prior[:, None] + sent - self.vb
@@ -83,9 +84,9 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """How many bits a dimension the model needs for each image: an upper bound, one noise for each term.
 
-    The decoder at t = 0 is that of 8-bit images, levels k / 127.5 - 1 (section 3.3). Of data on other levels
-    in [-1, 1] it is a bound still, but a loose one: each level is given a bin of 2 / 255, wherever it lies,
-    and what the model gives to the space between bins is lost. Compare it with itself only.
+    The decoder at t = 0 is that of 8-bit images, levels k / 127.5 - 1, each with a bin of 2 / 255 (section
+    3.3). Of images with fewer levels in [-1, 1], as the 17 of the bundled digits, it is a bound still, but a
+    loose one: what the model gives to the gaps between the bins is lost. Compare it with its like only.
 
     Noise is the counter's, of (seed, image, t): an image's bits do not depend on the batch, but for the
     rounding of the model. Of each of the B T pairs of an image and a time the model is called once, in
@@ -150,23 +151,23 @@ def progressive(
     found = x0.new_empty(len(kept) * len(x0), *x0.shape[1:])
     with reader.running():
         for place, t, image in reader.pairs(chosen, False):
-            found[place] = reader.read(t, image)[1].x0
+            found[place] = reader.read(t, image).x0
     return Progressive(_bits(reader), chosen, found.unflatten(0, (len(kept), len(x0))).transpose(0, 1))
 
 
 def _bits(reader: Reader) -> BitsPerDim:
     """All of it, from every pair."""
     x0, schedule = reader.x0, reader.schedule
-    vb, x0_mse = (x0.new_empty(schedule.T * len(x0)) for _ in range(2))
+    found = x0.new_empty(2, schedule.T * len(x0))
     with reader.running():
         for place, t, image in reader.pairs(torch.arange(schedule.T, device=x0.device), reader.progress):
-            vb[place], x0_mse[place] = reader.terms(t, image)
-    vb, x0_mse = (flat.reshape(schedule.T, len(x0)).T.contiguous() for flat in (vb, x0_mse))
-    vb = vb / math.log(2)
+            found[:, place] = torch.stack(reader.terms(t, image))
+    nats, x0_mse = found.reshape(2, schedule.T, len(x0)).transpose(1, 2).contiguous()
+    vb = nats / math.log(2)
+    mse = x0_mse * torch.tensor(schedule.snr, dtype=x0.dtype, device=x0.device)
 
     apart = float(schedule.sqrt_alphas_cumprod[-1]) * x0.double()
     log_var = apart.new_tensor(schedule.log_one_minus_alphas_cumprod[-1])
     prior = normal_kl(apart, log_var, torch.zeros_like(log_var)).flatten(1).mean(1).to(x0.dtype)
     prior = prior / math.log(2)
-    mse = x0_mse * torch.tensor(schedule.snr, dtype=x0.dtype, device=x0.device)
     return BitsPerDim(prior + vb.sum(1), prior, vb, x0_mse, mse)

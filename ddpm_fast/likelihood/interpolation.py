@@ -13,7 +13,7 @@ from ..engine import Model
 from ..noise import CounterNoise
 from ..sampler import Progress, Sampler
 from ..schedule import Schedule, check_int, check_number
-from .reader import check_labels, check_schedule, told
+from .reader import check_device, check_labels, check_schedule, told
 
 
 def interpolate(
@@ -64,6 +64,7 @@ def interpolate(
             )
     if a.shape != b.shape or a.device != b.device or not len(a):
         raise ValueError(f"a and b must be alike and not empty, got {told(a)} and {told(b)}")
+    check_device("a", a, model)
     t = check_int("t", t, 0, schedule.T - 1)
     weights = [check_number(f"lambdas[{k}]", w, math.isfinite, "finite") for k, w in enumerate(lambdas)]
     if not weights:

@@ -22,8 +22,9 @@ from ..threads import worthwhile
 
 
 class Read(NamedTuple):
-    """What the model says of some pairs: the x0, clipped, and as it was before; the v of a learned range."""
+    """Of some pairs the images; and what the model says: their x0, clipped and as it was; the v."""
 
+    images: Tensor
     x0: Tensor
     raw: Tensor
     v: Tensor | None
@@ -52,9 +53,7 @@ class Reader:
         # Of all T steps: its table has the weights of x0, and it knows how the model is best fed.
         run = Sampler(model, schedule, prediction=prediction, variance=variance, clip=clip, graph=False)
         device, dtype = x0.device, x0.dtype
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        if parameter is not None and parameter.device != device:
-            raise ValueError(f"x0 must be on {parameter.device}, where the model is, got {device}")
+        check_device("x0", x0, model)
         if not x0.numel():
             raise ValueError(f"x0 must not be empty, got {told(x0)}")
         low, high = (float(end) for end in x0.aminmax())
@@ -100,8 +99,8 @@ class Reader:
             pair = torch.arange(place.start, place.stop, device=self.x0.device)
             yield place, timesteps.index_select(0, pair // len(self.x0)), pair % len(self.x0)
 
-    def read(self, t: Tensor, image: Tensor) -> tuple[Tensor, Read]:
-        """x0 of these images, and what the model makes of it at these times."""
+    def read(self, t: Tensor, image: Tensor) -> Read:
+        """The model called once, on pairs."""
         x0 = self.x0.index_select(0, image)
         who = self.images.index_select(0, image)
         noise = ops.counter_normal(x0.shape, self.seed, who, t, stream="step").to(x0.dtype)
@@ -116,21 +115,28 @@ class Reader:
         out, v = out.chunk(2, dim=1) if self.learned else (out, None)
         of_x, of_out = (per_sample(self._table[:, k].index_select(0, t), x0) for k in range(2))
         raw = of_x * x_t + of_out * out.to(x0.dtype)
-        return x0, Read(raw if self.clip is None else raw.clamp(-self.clip, self.clip), raw, v)
+        return Read(x0, raw if self.clip is None else raw.clamp(-self.clip, self.clip), raw, v)
 
     def terms(self, t: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The term of the bound, in nats a dimension, and the squared error of x0: (B,) each."""
-        x0, found = self.read(t, image)
+        """The term of the bound, in nats a dimension, and the mean squared error of x0: (B,) each."""
+        found = self.read(t, image)
+        off = found.images - found.x0
         rows = self._table.index_select(0, t)
         # The means of p and q differ by x0's error only; a model that gives the mean itself is not clipped.
-        apart = per_sample(rows[:, 2], x0) * (x0 - (found.raw if self.gives_mean else found.x0))
-        nats = bound_term(x0, apart, t, rows[:, 3:], found.v)
-        return nats, (x0 - found.x0).square().flatten(1).mean(1)
+        apart = per_sample(rows[:, 2], off) * (found.images - found.raw if self.gives_mean else off)
+        nats = bound_term(found.images, apart, t, rows[:, 3:], found.v)
+        return nats, off.square().flatten(1).mean(1)
 
 
 def check_schedule(schedule: Any) -> None:
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+
+
+def check_device(name: str, x: Tensor, model: Model) -> None:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if parameter is not None and parameter.device != x.device:
+        raise ValueError(f"{name} must be on {parameter.device}, where the model is, got {x.device}")
 
 
 def check_labels(class_labels: Any, batch: int) -> None:
