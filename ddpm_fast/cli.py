@@ -1,4 +1,4 @@
-"""``ddpm-fast sample | train | verify | bench | info``: models and pictures, without a line of Python."""
+"""``ddpm-fast sample | train | bpd | ...``: models and pictures, without a line of Python."""
 
 from __future__ import annotations
 
@@ -30,18 +30,27 @@ def _option(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=False)
 
 
+Folder = Annotated[
+    Path, _option("Folder of ddpm_fast's or diffusers'; default: the bundled digits.", "--checkpoint")
+]
+Device = Annotated[str | None, _option("Default: cuda if there is one, else cpu.")]
+Data = Annotated[str | None, _option("A folder of images, or an .npz; default: the held-out digits.")]
+First = Annotated[int, _option("The first images of the data; default: 64.")]
+Seed = Annotated[int, _option("64 bits, of the noise; default: 0.")]
+Pairs = Annotated[int, _option("Images at a time, at any t; default: 128.")]
+Json = Annotated[Path | None, _option("A file for all numbers; -: stdout, in place of lines.", "--json")]
+
+
 @app.command()
 def sample(
-    folder: Annotated[
-        Path, _option("Folder of ddpm_fast's or diffusers'; default: the bundled digits.", "--checkpoint")
-    ] = checkpoint.DIGITS,
+    folder: Folder = checkpoint.DIGITS,
     method: Annotated[str | None, _option(f"{' | '.join(METHODS)}; default: the checkpoint's.")] = None,
     steps: Annotated[int | None, _option("Model calls; default: 50 of ddim, 20 of dpm_solver, T.")] = None,
     n: Annotated[int, _option("Number of images; default: 64.")] = 64,
     seed: Annotated[int, _option("64 bits; image k of a seed is always the same; default: 0.")] = 0,
     first_image: Annotated[int, _option("Index of the first image; default: 0.")] = 0,
     batch: Annotated[int, _option("Images at a time; default: 64.")] = 64,
-    device: Annotated[str | None, _option("Default: cuda if there is one, else cpu.")] = None,
+    device: Device = None,
     out: Annotated[Path | None, _option("Default: samples.png, samples/ or samples.npz.")] = None,
     form: Annotated[
         str | None, _option(f"{' | '.join(pictures.FORMATS)}; default: by --out's ending.", "--format")
@@ -79,6 +88,69 @@ def sample(
 
 
 @app.command()
+def bpd(
+    folder: Folder = checkpoint.DIGITS,
+    data: Data = None,
+    n: First = 64,
+    seed: Seed = 0,
+    batch_size: Pairs = 128,
+    device: Device = None,
+    json_to: Json = None,
+    out: Annotated[
+        Path | None, _option("Each term over t; default: bpd.png where there is matplotlib.")
+    ] = None,
+) -> None:
+    """Bits a dimension that the model needs for images: an upper bound, term by term."""
+    from . import experiments  # loads training and plots
+
+    experiments.bpd(experiments.Asked(folder, data, n, seed, batch_size, _device(device), json_to), out)
+
+
+@app.command()
+def progressive(
+    folder: Folder = checkpoint.DIGITS,
+    data: Data = None,
+    n: First = 64,
+    seed: Seed = 0,
+    batch_size: Pairs = 128,
+    device: Device = None,
+    json_to: Json = None,
+    out: Annotated[Path, _option("What is seen of the first 8; default: progressive.png.")] = Path(
+        "progressive.png"
+    ),
+    plot_to: Annotated[
+        Path | None, _option("The curve; default: rate-distortion.png where there is matplotlib.", "--plot")
+    ] = None,
+) -> None:
+    """Send images from coarse to fine: the bits so far, and how far off is what the receiver sees."""
+    from . import experiments
+
+    asked = experiments.Asked(folder, data, n, seed, batch_size, _device(device), json_to)
+    experiments.progressive(asked, out, plot_to)
+
+
+@app.command()
+def interpolate(
+    folder: Folder = checkpoint.DIGITS,
+    data: Data = None,
+    n: Annotated[int, _option("Pairs: images k and n + k of the data; default: 8.")] = 8,
+    t: Annotated[int | None, _option("When they are mixed; default: T // 2.", "--t")] = None,
+    mixes: Annotated[int, _option("Of a pair, from one end to the other; default: 11.")] = 11,
+    method: Annotated[str, _option(f"{' | '.join(METHODS)}; default: ddpm.")] = "ddpm",
+    steps: Annotated[int | None, _option("Model calls; default: t + 1.")] = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, _option("Pairs at a time; default: 8.")] = 8,
+    device: Device = None,
+    out: Annotated[Path, _option("A row a pair; default: interpolate.png.")] = Path("interpolate.png"),
+) -> None:
+    """Noise two images, mix them, and sample on: one turns into the other."""
+    from . import experiments
+
+    asked = experiments.Asked(folder, data, n, seed, batch_size, _device(device))
+    experiments.interpolate(asked, t, mixes, method, steps, out)
+
+
+@app.command()
 def train(
     config: Annotated[
         Path | None, typer.Argument(help="CONFIG.toml; or give --preset.", show_default=False)
@@ -93,7 +165,7 @@ def train(
     ] = None,
     resume: Annotated[str | None, _option("auto: go on where --out ended; or a checkpoint's folder.")] = None,
     strict: Annotated[bool, _option("An image that cannot be read is an error.", "--strict")] = False,
-    device: Annotated[str | None, _option("Default: cuda if there is one, else cpu.")] = None,
+    device: Device = None,
     export: Annotated[str | None, _option("diffusers: in the end also a pipeline, in OUT/diffusers.")] = None,
 ) -> None:
     """Train a model; under torchrun in several processes."""
@@ -131,7 +203,7 @@ def verify(
     batch_size: Annotated[int, _option("Images; default: 1.")] = 1,
     seed: Annotated[int, _option("Of the noise of both; default: 0.")] = 0,
     dtype: Annotated[str | None, _option(f"Of ours: {' | '.join(DTYPES)}; default: as stored.")] = None,
-    device: Annotated[str | None, _option("Default: cuda if there is one, else cpu.")] = None,
+    device: Device = None,
     out: Annotated[Path, _option("The picture; default: verify.png.")] = Path("verify.png"),
 ) -> None:
     """Run diffusers and ddpm_fast side by side; exit status 1 if the images differ past tolerance."""
@@ -139,9 +211,7 @@ def verify(
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is not known; allowed: {', '.join(DTYPES)}")
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png")
-    pictures.check_writable(out, "png-grid")
+    pictures.check_png("--out", out)
     found = run_both(
         folder,
         method=method,
@@ -167,7 +237,7 @@ def bench(
         typer.Argument(help="ops | steps | sampling | training; default: all.", show_default=False),
     ] = None,
     only: Annotated[str | None, _option("One part of it, such as waterfall.")] = None,
-    device: Annotated[str | None, _option("Default: cuda if there is one, else cpu.")] = None,
+    device: Device = None,
     json_to: Annotated[Path | None, _option("Everything that was found.", "--json")] = None,
     plot_to: Annotated[Path | None, _option("The pictures: .png, .svg or .pdf.", "--plot")] = None,
     threads: Annotated[int | None, _option("Of every arm; default: torch's.")] = None,
@@ -207,7 +277,7 @@ def _settings(settings: dict[str, Any], method: str | None) -> dict[str, Any]:
     """The checkpoint's settings for a method: all for its own, for another what belongs to the model."""
     if method is None or method == settings.get("method", "ddpm"):
         return settings
-    return {k: settings[k] for k in ("prediction", "clip", "variance") if k in settings} | {"method": method}
+    return checkpoint.of_model(settings) | {"method": method}
 
 
 def _device(name: str | None) -> torch.device:

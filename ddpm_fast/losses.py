@@ -191,21 +191,8 @@ class Loss(nn.Module):
         return ops.q_sample(x0, noise, t, self.table), noise
 
     def _bound(self, error: Tensor, v: Tensor | None, x0: Tensor, t: Tensor) -> Tensor:
-        """The scaled term of the bound: KL(q(x_prev | x_t, x0) || p(x_prev | x_t)); at t = 0 -log p(x0)."""
-        columns = self.bound.index_select(0, t).unbind(1)
-        k, true_log, low, high = (per_sample(column, error) for column in columns)
-        log_var = low
-        if v is not None:
-            fraction = (v.to(error.dtype) + 1) / 2
-            log_var = fraction * high + (1 - fraction) * low
-        apart = k * error
-        kl = 0.5 * (log_var - true_log + (true_log - log_var).exp() - 1 + apart.square() * (-log_var).exp())
-        first = per_sample(t == 0, error)
-        # Elsewhere the likelihood is not used: its gradient must not be 0 times inf there.
-        likelihood = _log_likelihood(
-            x0.to(error.dtype), torch.where(first, apart, 0.0), torch.where(first, log_var, 0.0)
-        )
-        nats = torch.where(first, -likelihood, kl).flatten(1).mean(1)
+        rows = self.bound.index_select(0, t)
+        nats = bound_term(x0.to(error.dtype), per_sample(rows[:, 0], error) * error, t, rows[:, 1:], v)
         return nats * (self.bound_scale / math.log(2))
 
     def extra_repr(self) -> str:
@@ -245,13 +232,42 @@ def _bounds(schedule: Schedule, prediction: str, variance: str) -> np.ndarray:
         "v": lambda: of_x0 * noise,
         "mean": lambda: -np.ones(schedule.T),
     }[prediction]()
-    small, betas = schedule.posterior_log_variance_clipped, schedule.betas
+    return np.concatenate([k[:, None], log_variances(schedule, variance)], axis=1)
+
+
+def log_variances(schedule: Schedule, variance: str) -> np.ndarray:
+    """(T, 3), for `bound_term`: the log-variance of the true posterior; of the model, or its range's ends."""
+    small = schedule.posterior_log_variance_clipped
     with np.errstate(divide="ignore"):
-        large = np.log(betas)
+        large = np.log(schedule.betas)
     low = small
     if variance == "fixed_large":  # at t = 0 OpenAI takes the small one, for a better likelihood
         low = np.append(small[:1], large[1:])
-    return np.stack([k, small, low, large], axis=1)
+    return np.stack([small, low, large], axis=1)
+
+
+def bound_term(x0: Tensor, apart: Tensor, t: Tensor, logs: Tensor, v: Tensor | None) -> Tensor:
+    """KL(q(x_prev | x_t, x0) || p(x_prev | x_t)); at t = 0 -log p(x0 | x_t): (B,), in nats a dimension.
+
+    Ho et al. 2020, eq. 5. ``apart`` is the true mean less the model's, ``logs`` (B, 3) the rows of
+    `log_variances`, ``v`` what a model with a learned range says. All in one dtype, but for v.
+    """
+    true_log, low, high = (per_sample(column, apart) for column in logs.unbind(1))
+    log_var = low
+    if v is not None:
+        fraction = (v.to(apart.dtype) + 1) / 2
+        log_var = fraction * high + (1 - fraction) * low
+    kl = normal_kl(apart, true_log, log_var)
+    first = per_sample(t == 0, apart)
+    # Elsewhere the likelihood is not used: its gradient must not be 0 times inf there.
+    likelihood = _log_likelihood(x0, torch.where(first, apart, 0.0), torch.where(first, log_var, 0.0))
+    return torch.where(first, -likelihood, kl).flatten(1).mean(1)
+
+
+def normal_kl(apart: Tensor, log_var: Tensor, other: Tensor) -> Tensor:
+    """KL(N(m, exp(log_var)) || N(m - apart, exp(other))) of each element, in nats."""
+    ratio = log_var - other
+    return 0.5 * (ratio.expm1() - ratio + apart.square() * (-other).exp())
 
 
 def _log_likelihood(x: Tensor, from_mean: Tensor, log_var: Tensor) -> Tensor:

@@ -27,6 +27,13 @@ def check_writable(out: Path, form: str) -> None:
     files.check_folder(out if form == "png-dir" else out.parent)
 
 
+def check_png(option: str, out: Path) -> None:
+    """Raises ValueError for a picture that does not end in .png; OSError as `check_writable`."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{option} {out} must end in .png")
+    check_writable(out, "png-grid")
+
+
 def check_channels(channels: int, form: str) -> None:
     """Raises ValueError for a number of channels that PNG does not have."""
     if form != "npz" and channels not in (1, 3, 4):

@@ -88,7 +88,7 @@ def main() -> None:
 
     report("real, held out", held_out)
     model, schedule, settings = checkpoint.load(args.checkpoint)
-    of_model = {name: settings[name] for name in ("prediction", "clip") if name in settings}
+    of_model = checkpoint.of_model(settings)
     for method, num_steps in RUNS:
         run = {"method": method, "num_steps": num_steps, **of_model}
         sampler = Sampler(model, schedule, dtype=DTYPES[args.dtype], **run)

@@ -22,11 +22,13 @@ ORDER = (
     {"cuda_graph"},
     {"stream"},
     {"sampler"},
+    {"likelihood"},
     {"files"},
     {"checkpoint", "generate", "info", "pictures"},
     {"training"},
     {"compat"},
     {"bench"},
+    {"experiments"},
     {"cli"},
     {"__main__", ""},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from .report import Picture, Row, Table
@@ -24,6 +25,19 @@ def why_not() -> str | None:
     return None
 
 
+def form_of(path: Path, option: str) -> str:
+    """What a picture's file asks for, one of `FORMATS`.
+
+    Raises ValueError for another ending, or where nothing can be drawn, naming the ``option``.
+    """
+    form = path.suffix.lower().removeprefix(".")
+    if form not in FORMATS:
+        raise ValueError(f"{option} must end in .{', .'.join(FORMATS)}, got {path}")
+    if reason := why_not():
+        raise ValueError(f"{option} cannot draw: {reason}")
+    return form
+
+
 def draw(tables: list[Table], form: str) -> bytes:
     """A file with a picture for each that has rows, in one of `FORMATS`.
 
@@ -40,7 +54,7 @@ def draw(tables: list[Table], form: str) -> bytes:
     grid = [*figure.subplots(height, columns, squeeze=False).flat]
     for axes, (picture, rows) in zip(grid, pictures, strict=False):
         axes.set_title(picture.title, fontsize=10)
-        (_bars if picture.kind == "bars" else _curves)(axes, picture, rows)
+        {"bars": _bars, "curve": _curve}.get(picture.kind, _curves)(axes, picture, rows)
     for axes in grid[len(pictures) :]:
         axes.remove()
     file = BytesIO()
@@ -98,3 +112,14 @@ def _curves(axes: Any, picture: Picture, rows: list[Row]) -> None:
     axes.grid(alpha=0.3)
     if picture.series:
         axes.legend(fontsize=8)
+
+
+def _curve(axes: Any, picture: Picture, rows: list[Row]) -> None:
+    """Linear, but for a y that spans three decades."""
+    y = [row[picture.y] for row in rows]
+    axes.plot([row[picture.x] for row in rows], y, color=OURS, linewidth=1.2)
+    if 0 < 1000 * min(y) < max(y):
+        axes.set_yscale("log")
+    axes.set_xlabel(picture.x)
+    axes.set_ylabel(picture.y)
+    axes.grid(alpha=0.3)

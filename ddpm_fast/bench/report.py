@@ -28,12 +28,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Picture:
-    """Rows as bars of ``y`` named by ``x``, or as lines or points of ``y`` over ``x``.
+    """Rows as bars of ``y`` named by ``x``, or as lines or points or one curve of ``y`` over ``x``.
 
     ``where``: what the rows of this picture have; ``series``: the columns that tell its colours apart.
     """
 
-    kind: Literal["bars", "lines", "points"]
+    kind: Literal["bars", "lines", "points", "curve"]
     title: str
     x: str
     y: str

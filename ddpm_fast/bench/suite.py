@@ -64,12 +64,7 @@ def run(
         ValueError: a picture's ending, or no matplotlib; before any work.
         OSError: a file that cannot be written; before any work.
     """
-    if plot_to is not None:
-        form = plot_to.suffix.lower().removeprefix(".")
-        if form not in plot.FORMATS:
-            raise ValueError(f"--plot must end in .{', .'.join(plot.FORMATS)}, got {plot_to}")
-        if reason := plot.why_not():
-            raise ValueError(f"--plot cannot draw: {reason}")
+    form = None if plot_to is None else plot.form_of(plot_to, "--plot")
     for path in (json_to, plot_to):
         if path is not None:
             report.check_writable(path)

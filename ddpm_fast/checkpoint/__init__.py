@@ -128,6 +128,11 @@ def load(folder: str | os.PathLike[str]) -> tuple[UNet, Schedule, dict[str, Any]
     return model, schedule, config["settings"]
 
 
+def of_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint's settings those that belong to the model, whatever is done with it."""
+    return {name: settings[name] for name in ("prediction", "clip", "variance") if name in settings}
+
+
 def save_diffusers(
     folder: str | os.PathLike[str],
     model: UNet,
