@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ... import ops
 from ...reference import per_sample
+from ...schedule import check_int
 from . import whole_run
 from .bound import Bound
 from .kinds import LossType, ModelMeanType, ModelVarType
@@ -204,8 +205,8 @@ class GaussianDiffusion(Bound):
             AssertionError: shape is neither a tuple nor a list.
             TypeError: no device, and a model that is no module with parameters.
         """
-        run = "ddpm", "p_sample", model, shape, noise, clip_denoised, denoised_fn, cond_fn
-        return self._whole(*run, model_kwargs, device, progress)
+        options = options_of(clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._whole("ddpm", "p_sample", model, shape, noise, device, progress, options)
 
     def p_sample_loop_progressive(
         self,
@@ -220,7 +221,7 @@ class GaussianDiffusion(Bound):
         progress: bool = False,
     ) -> Iterator[Terms]:
         """Yield the dict of each `p_sample`. What ``"sample"`` then holds is where the next begins."""
-        options = _options(clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        options = options_of(clip_denoised, denoised_fn, cond_fn, model_kwargs)
         return self._steps(self.p_sample, model, shape, noise, device, progress, options)
 
     def ddim_sample_loop(
@@ -237,8 +238,8 @@ class GaussianDiffusion(Bound):
         eta: float = 0.0,
     ) -> Tensor:
         """Images of `ddim_sample` at every t; otherwise as `p_sample_loop`."""
-        run = "ddim", "ddim_sample", model, shape, noise, clip_denoised, denoised_fn, cond_fn
-        return self._whole(*run, model_kwargs, device, progress, eta=eta)
+        options = options_of(clip_denoised, denoised_fn, cond_fn, model_kwargs) | {"eta": eta}
+        return self._whole("ddim", "ddim_sample", model, shape, noise, device, progress, options)
 
     def ddim_sample_loop_progressive(
         self,
@@ -254,48 +255,40 @@ class GaussianDiffusion(Bound):
         eta: float = 0.0,
     ) -> Iterator[Terms]:
         """Yield the dict of each `ddim_sample`; otherwise as `p_sample_loop_progressive`."""
-        options = _options(clip_denoised, denoised_fn, cond_fn, model_kwargs) | {"eta": eta}
+        options = options_of(clip_denoised, denoised_fn, cond_fn, model_kwargs) | {"eta": eta}
         return self._steps(self.ddim_sample, model, shape, noise, device, progress, options)
 
-    def _whole(
-        self,
-        kind,
-        step,
-        model,
-        shape,
-        noise,
-        clip_denoised,
-        denoised_fn,
-        cond_fn,
-        model_kwargs,
-        device,
-        progress,
-        **eta,
-    ) -> Tensor:
-        if self._in_one_pass(denoised_fn, cond_fn) and self._is_ours(step, f"{step}_loop_progressive"):
-            device, noise = _start(model, shape, noise, device)
-            run = whole_run.sample(self, kind, model, noise, clip_denoised, model_kwargs, progress, **eta)
+    def _whole(self, kind, step, model, shape, noise, device, progress, options) -> Tensor:
+        """The images after all steps of that name."""
+        plain = self._in_one_pass(options["denoised_fn"], options.get("cond_fn")) and self._is_all_state
+        if plain and self._is_ours(step, f"{step}_loop_progressive"):
+            device, noise = start_of(model, shape, noise, device)
+            run = whole_run.sample(self, kind, model, noise, progress, options)
             if run is not None:
                 return run
-        options = _options(clip_denoised, denoised_fn, cond_fn, model_kwargs) | eta
         progressive = getattr(self, f"{step}_loop_progressive")
-        out = None
         for out in progressive(model, shape, noise=noise, device=device, progress=progress, **options):  # noqa: B007
             pass
         return out["sample"]
 
-    def _steps(self, step, model, shape, noise, device, progress, options) -> Iterator[Terms]:
-        device, x = _start(model, shape, noise, device)
-        count = range(self.num_timesteps)[::-1]
+    def _steps(self, step, model, shape, noise, device, progress, options, time=None) -> Iterator[Terms]:
+        """The last ``time`` steps, or all."""
+        device, x = start_of(model, shape, noise, device)
+        time = self.num_timesteps if time is None else check_int("time", time, 1, self.num_timesteps)
+        count = range(time)[::-1]
         for i in tqdm(count) if progress else count:
             t = torch.full((shape[0],), i, dtype=torch.int64, device=device)
             with torch.no_grad():
                 out = step(model, x, t, **options)
             yield out
-            x = out["sample"]
+            x = self._next(x, out["sample"])
+
+    def _next(self, x: Tensor, sample: Tensor) -> Tensor:
+        """What the model sees after x."""
+        return sample
 
 
-def _options(
+def options_of(
     clip_denoised: bool, denoised_fn: DenoisedFn | None, cond_fn: Model | None, model_kwargs: Kwargs
 ) -> dict[str, Any]:
     """Of a step, by name; without a ``cond_fn`` for the classes that have none."""
@@ -303,7 +296,7 @@ def _options(
     return options if cond_fn is None else options | {"cond_fn": cond_fn}
 
 
-def _start(
+def start_of(
     model: Model, shape: Sequence[int], noise: Tensor | None, device: torch.device | str | None
 ) -> tuple[torch.device | str, Tensor]:
     """Where a run is, and what it begins with."""

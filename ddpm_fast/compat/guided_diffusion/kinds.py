@@ -29,6 +29,7 @@ class LossType(enum.Enum):
     RESCALED_MSE = enum.auto()  # the same with the bound times T / 1000
     KL = enum.auto()  # the bound
     RESCALED_KL = enum.auto()  # T times the bound
+    BCE_DICE = enum.auto()  # as MSE, of segmentation forks
 
     def is_vb(self) -> bool:
         return self in (LossType.KL, LossType.RESCALED_KL)

@@ -48,6 +48,8 @@ class Process:
 
     _carried: tuple[str, ...] = ()
     """What `p_mean_variance` has beside its four, which a sample's dict is to have too."""
+    _is_all_state: bool = True
+    """Whether all of x is denoised, so that a run can be `Sampler`'s."""
 
     def __init__(
         self,

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
-    """A `ScheduleSampler` by its name: "uniform" or "loss-second-moment".
+def create_named_schedule_sampler(name: str, diffusion: Any, maxt: int | None = None) -> ScheduleSampler:
+    """A `ScheduleSampler` by its name: "uniform", of t below ``maxt`` (None: T), or "loss-second-moment".
 
     Raises:
         NotImplementedError: another name.
     """
     if name == "uniform":
-        return UniformSampler(diffusion)
+        return UniformSampler(diffusion, maxt)
     if name == "loss-second-moment":
         return LossSecondMomentResampler(diffusion)
     raise NotImplementedError(f"unknown schedule sampler: {name!r}; known: uniform, loss-second-moment")
@@ -42,11 +42,11 @@ class ScheduleSampler(ABC):
 
 
 class UniformSampler(ScheduleSampler):
-    """Each t alike."""
+    """Each t alike, of those below ``maxt`` (None: T), as a segmentation fork asks."""
 
-    def __init__(self, diffusion: Any) -> None:
+    def __init__(self, diffusion: Any, maxt: int | None = None) -> None:
         self.diffusion = diffusion
-        self._weights = np.ones([diffusion.num_timesteps])
+        self._weights = np.ones([diffusion.num_timesteps if maxt is None else maxt])
 
     def weights(self) -> np.ndarray:
         return self._weights

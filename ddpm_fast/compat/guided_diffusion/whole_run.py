@@ -26,20 +26,22 @@ def sample(
     kind: str,
     model: Callable[..., Any],
     x: Tensor,
-    clip_denoised: bool,
-    model_kwargs: dict[str, Any] | None,
     progress: bool,
-    eta: float = 0.0,
+    options: dict[str, Any],
 ) -> Tensor | None:
     """The images that begin with x, float32; None where the loop is to run: see `_is_plain`.
 
     A model with a method ``as_ddpm_fast`` runs as the module that it returns, ``model(x, t[, class_labels])``
     on the same weights, unless that is None or there are other ``model_kwargs`` than y.
+
+    Args:
+        kind: "ddpm" or "ddim", see `tables.rows`.
+        options: of a step, by name.
     """
     if not _is_plain(model, x):
         return None
-    kwargs = model_kwargs or {}
-    rows = diffusion._rows(kind, eta)[::-1]
+    kwargs = options["model_kwargs"] or {}
+    rows = diffusion._rows(kind, options.get("eta", 0.0))[::-1]
     times, labels = np.arange(len(rows)), None
     network = _own_network(model, kwargs, x.shape[1] * (2 if diffusion._learned else 1))
     if network is None:
@@ -55,7 +57,7 @@ def sample(
             own = network
             network = _called(own, lambda x, t, *labels: own(x, told[t], *labels))
     table = StepTable(kind, times[::-1], rows, np.ones(len(rows), dtype=np.bool_))
-    sampler = Sampler(network, table, clip=1.0 if clip_denoised else None)
+    sampler = Sampler(network, table, clip=1.0 if options["clip_denoised"] else None)
     noise = TorchNoise(default_generator(x.device), torch.float32)
     return sampler(x_T=x, noise=noise, class_labels=labels, progress=tqdm if progress else False)
 
