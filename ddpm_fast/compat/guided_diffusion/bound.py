@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from .kinds import LossType, ModelMeanType
+from ...losses import Loss
+from .kinds import LossType, ModelMeanType, ModelVarType
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .process import Kwargs, Model, Process, Terms
+from .process import Kwargs, Model, Process, Terms, index
 
 
 class Bound(Process):
@@ -59,20 +60,24 @@ class Bound(Process):
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
-            bound = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)
+        if self.loss_type.is_vb():
             scale = self.num_timesteps if self.loss_type is LossType.RESCALED_KL else 1
-            return {"loss": bound["output"] * scale}
+            if not self._is_ours("_vb_terms_bpd", "p_mean_variance"):
+                bound = self._vb_terms_bpd(model, x_start, x_t, t, False, model_kwargs)["output"]
+            else:
+                x_t, out, _ = self._evaluate(model, x_t, t, model_kwargs)
+                bound = self._bound(x_t, out, x_start, t, noise)
+            return {"loss": bound * scale}
         if self.loss_type not in (LossType.MSE, LossType.RESCALED_MSE):
             raise NotImplementedError(self.loss_type)
-        return self._squared_error(*self._evaluate(model, x_t, t, model_kwargs)[:2], x_start, t, noise)
+        x_t, out, _ = self._evaluate(model, x_t, t, model_kwargs)
+        return self._squared_error(x_t, out, x_start, t, noise)
 
     def _squared_error(self, x_t: Tensor, out: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Terms:
         C, terms = x_t.shape[1], {}
         predicted, v = out[:, :C], out[:, C:]
         if self._learned:
-            frozen = torch.cat([predicted.detach(), v], dim=1)
-            bound = self._vb_terms_bpd(lambda *_: frozen, x_start, x_t, t, clip_denoised=False)["output"]
+            bound = self._bound(x_t, torch.cat([predicted.detach(), v], dim=1), x_start, t, noise)
             # As in the first implementation, where otherwise the bound hurt the rest.
             scale = self.num_timesteps / 1000 if self.loss_type is LossType.RESCALED_MSE else 1
             terms["vb"] = bound * scale
@@ -82,6 +87,25 @@ class Bound(Process):
         terms["mse"] = mean_flat((target - predicted) ** 2)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
+
+    def _bound(self, x_t: Tensor, out: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """`_vb_terms_bpd`'s output where x_0 is not clipped, by `Loss`: from the error of what is predicted,
+        in one pass, and exact where x_0 is a small difference of large numbers."""
+        if not self._is_ours("_vb_terms_bpd", "p_mean_variance"):
+            return self._vb_terms_bpd(lambda *_: out, x_start, x_t, t, clip_denoised=False)["output"]
+        key = self.model_mean_type, self.model_var_type, x_t.device, x_t.dtype
+        if key not in self._losses:
+            with torch.inference_mode(False):
+                self._losses[key] = self._loss(x_t)
+        return self._losses[key](lambda *_: out, x_start.to(x_t), index(t, x_t), noise=noise.to(x_t))
+
+    def _loss(self, x: Tensor) -> Loss:
+        variance = "learned_range" if self._learned else self.model_var_type.name.lower()
+        where = {"device": x.device, "dtype": x.dtype}
+        loss = Loss(self._schedule, self._prediction, kind="kl", variance=variance, **where)
+        if self.model_var_type is ModelVarType.LEARNED:  # v itself, as the logs of the range are -1 and 1
+            loss.bound[:, 2:] = torch.tensor([-1.0, 1.0])
+        return loss
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, 1)) in bits a dimension, (B,): no model has a part in it."""

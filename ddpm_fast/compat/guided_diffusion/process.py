@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...losses import Loss
 from ...reference import compute_dtype, per_sample
 from ...schedule import Schedule, cached_tensor
 from .kinds import LossType, ModelMeanType, ModelVarType
@@ -73,6 +74,7 @@ class Process:
             setattr(self, name, np.array(getattr(self._schedule, name)))
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         self._tables: dict[Any, tuple[np.ndarray, dict[Any, Tensor]]] = {}
+        self._losses: dict[Any, Loss] = {}
 
     # The forward process
 
