@@ -291,11 +291,8 @@ def test_the_losses_are_their_equations_with_their_gradients(T, name, spacing, g
         written, mine = Written(T, name, spacing, mean, var), build(T, name, spacing, mean, var, loss)
         case = Case(written, generator)
         out, exact = case.out.requires_grad_(), case.out.detach().double().requires_grad_()
-        x0, noise, x = (
-            case.x0.double(),
-            case.noise.double(),
-            mine.q_sample(case.x0, case.t, case.noise).double(),
-        )
+        x0, noise = case.x0.double(), case.noise.double()
+        x = written.q_sample(x0, noise, case.t)
         got = mine.training_losses(case.model, case.x0, case.t, noise=case.noise)
         expected = written.losses(x0, noise, x, exact, case.t, loss)
         # KL is a difference of numbers near 1, and is then scaled.
@@ -303,12 +300,14 @@ def test_the_losses_are_their_equations_with_their_gradients(T, name, spacing, g
         close(got, expected, rounding=scale * 2.0**-23)
         got["loss"].sum().backward()
         expected["loss"].sum().backward()
-        close(out.grad, exact.grad)
+        # The gradient by a mean is an error over the variance, and has the rounding of the mean, up to 4, in it.
+        by_mean = written.columns["clipped"][case.t].reciprocal() if written.mean == "PREVIOUS_X" else 0.0
+        close(out.grad, exact.grad, rounding=scale * 2.0**-21 * by_mean / case.x[0].numel())
 
 
 @pytest.mark.parametrize(("mean", "var"), [*itertools.product(MEANS, VARS)], ids=str)
 def test_the_whole_bound(mean, var, generator):
-    written, mine = Written(50, "cosine", None, mean, var), build(50, "cosine", None, mean, var)
+    written, mine = Written(50, "linear", None, mean, var), build(50, "linear", None, mean, var)
     x0, error = pixels(generator), torch.randn(SHAPE, generator=generator)
 
     def model(x, t):
@@ -344,7 +343,7 @@ class Net(nn.Module):
 
     def forward(self, x, t, y=None):
         self.times.append(t[0].item())
-        assert t.dtype in (torch.int64, torch.float32) and (t == t[0]).all()
+        assert t.dtype in (torch.int64, torch.float32)
         mix = torch.einsum(
             "oc,bchw->bohw", self.weight.to(x.dtype), torch.tanh(x + (t / 1000)[:, None, None, None])
         )
@@ -451,14 +450,8 @@ def test_a_step_may_be_changed_under_way():
 @pytest.mark.parametrize("T", [1000, 50])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_a_model_of_ours_takes_its_place(T, spacing, rescale, in_sampler):
-    config = UNetConfig(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        num_class_embeds=3,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
+    off = (False, False)
+    config = UNetConfig((8, 8), off, off, sample_size=8, norm_num_groups=4, num_class_embeds=3)
     fast = UNet(config).eval()
     nn.init.normal_(fast.conv_out.weight)
 
@@ -650,7 +643,7 @@ def test_what_is_refused_and_how():
         (lambda: mine.ddim_sample(Net(), x, t, eta=1.5), ValueError, "eta"),
         (lambda: mine.p_sample_loop(Net(), 4), AssertionError, "shape"),
         (lambda: mine.p_sample_loop(lambda x, t: x, SHAPE), TypeError, "device"),
-        (lambda: mine.p_sample(Net(), x, t + 5), IndexError, "\\[0, 4\\]"),
+        (lambda: mine.p_sample(Net(), x, t + 5), IndexError, "index 5"),
         (lambda: get_named_beta_schedule("cubic", 10), NotImplementedError, "cubic"),
     ):
         with pytest.raises(error, match=message):
@@ -720,13 +713,13 @@ def test_a_mask_is_denoised_beside_its_image(var, generator):
     state = x
     for i in range(20)[::-1]:
         seen = torch.cat([image[:, :-1], state], 1)
-        state = mine.p_sample(model, seen, torch.full((2,), i))["sample"]
+        with torch.no_grad():
+            out = mine.p_sample(model, seen, torch.full((2,), i))
+        state = out["sample"]
     torch.manual_seed(1)
     sample, x_noisy, given, cal, both = mine.p_sample_loop_known(model, (2, 3, 5, 5), image, progress=True)
     assert torch.equal(given, image) and torch.equal(x_noisy, torch.cat([image[:, :-1], x], 1))
-    assert torch.equal(sample, state) and torch.equal(
-        cal, mine.p_mean_variance(model, seen, torch.zeros(2).long())["cal"]
-    )
+    assert torch.equal(sample, state) and torch.equal(cal, out["cal"])
     mask = (sample > 0).float()
     agree = 2 * (mask * cal).sum() / (mask + cal).sum() >= 0.65
     assert torch.equal(both, (0.5 * cal + 0.5 * sample if agree else cal + 0.25 * sample).clamp(0, 1))
