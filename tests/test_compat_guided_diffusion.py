@@ -300,7 +300,7 @@ def test_the_losses_are_their_equations_with_their_gradients(T, name, spacing, g
         close(got, expected, rounding=scale * 2.0**-23)
         got["loss"].sum().backward()
         expected["loss"].sum().backward()
-        # The gradient by a mean is an error over the variance, and has the rounding of the mean, up to 4, in it.
+        # The gradient by a mean is an error over the variance, with the rounding of the mean, up to 4, in it.
         by_mean = written.columns["clipped"][case.t].reciprocal() if written.mean == "PREVIOUS_X" else 0.0
         close(out.grad, exact.grad, rounding=scale * 2.0**-21 * by_mean / case.x[0].numel())
 

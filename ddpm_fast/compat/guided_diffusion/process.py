@@ -175,9 +175,8 @@ class Process:
             return v.exp(), v
         if kind is ModelVarType.LEARNED_RANGE:  # Nichol & Dhariwal 2021, eq. 15
             fraction = (v + 1) / 2
-            log = fraction * self._at("log_betas", t, x) + (1 - fraction) * self._at(
-                "posterior_log_variance_clipped", t, x
-            )
+            small, large = (self._at(name, t, x) for name in ("posterior_log_variance_clipped", "log_betas"))
+            log = fraction * large + (1 - fraction) * small
             return log.exp(), log
         if kind is ModelVarType.FIXED_SMALL:
             return self._at("posterior_variance", t, x), self._at("posterior_log_variance_clipped", t, x)

@@ -43,7 +43,9 @@ def sample(
     kwargs = options["model_kwargs"] or {}
     rows = diffusion._rows(kind, options.get("eta", 0.0))[::-1]
     times, labels = np.arange(len(rows)), None
-    network = _own_network(model, kwargs, x.shape[1] * (2 if diffusion._learned else 1))
+    network = None
+    if diffusion._is_ours("_wrap_model"):
+        network = _own_network(model, kwargs, x.shape[1] * (2 if diffusion._learned else 1))
     if network is None:
         network = _called(model, lambda x, t: diffusion._evaluate(model, x, t, kwargs)[1])
     else:
