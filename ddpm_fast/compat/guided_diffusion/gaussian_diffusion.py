@@ -64,8 +64,8 @@ class GaussianDiffusion(Bound):
 
     In all of them x is (B, C, ...) floating and t (B,) integer, 0 the least noise. Computed in float32, or in
     float64 for float64 x. A step is one pass of `ops.posterior_step` unless a function that is given has to
-    see what lies between. A subclass's own ``p_mean_variance``, ``_vb_terms_bpd``, steps and loops are called by
-    the others; its own ``q_posterior_mean_variance`` and ``_predict_*`` by none.
+    see what lies between. A subclass's own ``p_mean_variance``, ``_vb_terms_bpd``, steps and loops are called
+    by the others; its own ``q_posterior_mean_variance`` and ``_predict_*`` by none.
 
     Args:
         betas: (T,), in (0, 1]; 1 as the last only.
