@@ -260,7 +260,12 @@ def test_each_method_is_its_equation(T, name, spacing, generator, monkeypatch):
         posterior = written.posterior(x0, x, t), tilde.expand_as(x), clipped.log().expand_as(x)
         close(mine.q_posterior_mean_variance(case.x0, case.x, t), posterior)
         keys = ("mean", "variance", "log_variance", "pred_xstart")
-        for clip, fn in ((True, None), (False, None), (True, lambda x0: 0.9 * x0), (False, torch.tanh)):
+        for clip, fn in (
+            (True, None),
+            (False, None),
+            (True, lambda x0: 0.9 * x0),
+            (False, lambda x0: 2 * torch.tanh(x0)),
+        ):
             args = case.model, case.x, t, clip, fn
             close(
                 mine.p_mean_variance(*args),
@@ -446,10 +451,9 @@ def test_a_step_may_be_changed_under_way():
     assert [x.flatten()[0].item() for x in seen[1:]] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("spacing", ["10", "7"])
-@pytest.mark.parametrize("T", [1000, 50])
+@pytest.mark.parametrize("T", [1000, 30])
 @pytest.mark.parametrize("rescale", [False, True])
-def test_a_model_of_ours_takes_its_place(T, spacing, rescale, in_sampler):
+def test_a_model_of_ours_takes_its_place(T, rescale, in_sampler):
     off = (False, False)
     config = UNetConfig((8, 8), off, off, sample_size=8, norm_num_groups=4, num_class_embeds=3)
     fast = UNet(config).eval()
@@ -464,7 +468,7 @@ def test_a_model_of_ours_takes_its_place(T, spacing, rescale, in_sampler):
             self.calls += 1
             return fast(x, t, y)
 
-    mine, images, shape = build(T, spacing=spacing, rescale_timesteps=rescale), [], (2, 3, 8, 8)
+    mine, images, shape = build(T, spacing="7", rescale_timesteps=rescale), [], (2, 3, 8, 8)
     for model in (Theirs(fast).eval(), Theirs(None).eval()):
         torch.manual_seed(0)
         labels = {"y": torch.tensor([2, 0])}
@@ -472,7 +476,7 @@ def test_a_model_of_ours_takes_its_place(T, spacing, rescale, in_sampler):
         assert model.calls == (0 if model.as_ddpm_fast() is fast else mine.num_timesteps)
     assert in_sampler == [True, True]
     close(images[0], images[1].double(), 1e-4)
-    learned = build(T, spacing=spacing, var="LEARNED")
+    learned = build(T, spacing="7", var="LEARNED")
     with pytest.raises(AssertionError, match="the model must return"):
         learned.p_sample_loop(Theirs(fast).eval(), shape, model_kwargs=labels)
 
@@ -576,6 +580,19 @@ def test_improved_diffusion_has_model_kwargs_where_guided_has_cond_fn(in_sampler
         with pytest.raises(TypeError, match="cond_fn"):
             getattr(mine, name)(Net(), *arguments, cond_fn=None)
     assert in_sampler == [True] * 4
+
+
+def test_what_scripts_take_from_nn():
+    t, w = torch.tensor([0.0, 3.5, 999.0]), 10000 ** (-torch.arange(4).double() / 4)
+    angle = t[:, None].double() * w
+    expected = torch.cat([angle.cos(), angle.sin(), torch.zeros(3, 1)], 1)
+    assert (guided.nn.timestep_embedding(t, 9) - expected).abs().max() < 1e-4
+    target, source = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])
+    guided.nn.update_ema([target], [source], rate=0.75)
+    assert torch.equal(target, torch.tensor([1.5, 1.5]))
+    layer = guided.nn.scale_module(nn.Linear(2, 2), 0.0)
+    assert not any(parameter.any() for parameter in layer.parameters())
+    assert torch.equal(guided.nn.mean_flat(torch.arange(8.0).reshape(2, 2, 2)), torch.tensor([1.5, 5.5]))
 
 
 def test_schedule_samplers():

@@ -1,6 +1,7 @@
 """OpenAI's guided-diffusion, faster: import from here in place of ``guided_diffusion``, whose modules' names
 these have too (``gaussian_diffusion``, ``respace``, ``resample``, ``losses``, ``nn``)."""
 
+from . import gaussian_diffusion, losses, nn, resample, respace
 from .gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -30,6 +31,11 @@ __all__ = [
     "UniformSampler",
     "betas_for_alpha_bar",
     "create_named_schedule_sampler",
+    "gaussian_diffusion",
     "get_named_beta_schedule",
+    "losses",
+    "nn",
+    "resample",
+    "respace",
     "space_timesteps",
 ]

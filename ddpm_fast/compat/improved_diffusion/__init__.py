@@ -20,6 +20,7 @@ from ..guided_diffusion import (
     resample,
     space_timesteps,
 )
+from . import gaussian_diffusion, respace
 from .gaussian_diffusion import GaussianDiffusion
 from .respace import SpacedDiffusion
 
@@ -35,9 +36,11 @@ __all__ = [
     "UniformSampler",
     "betas_for_alpha_bar",
     "create_named_schedule_sampler",
+    "gaussian_diffusion",
     "get_named_beta_schedule",
     "losses",
     "nn",
     "resample",
+    "respace",
     "space_timesteps",
 ]
