@@ -456,8 +456,9 @@ def test_a_step_may_be_changed_under_way():
 def test_a_model_of_ours_takes_its_place(T, rescale, in_sampler):
     off = (False, False)
     config = UNetConfig((8, 8), off, off, sample_size=8, norm_num_groups=4, num_class_embeds=3)
+    torch.manual_seed(0)
     fast = UNet(config).eval()
-    nn.init.normal_(fast.conv_out.weight)
+    nn.init.normal_(fast.conv_out.weight, std=0.1)
 
     class Theirs(nn.Module):
         def __init__(self, ours):
@@ -476,6 +477,11 @@ def test_a_model_of_ours_takes_its_place(T, rescale, in_sampler):
         assert model.calls == (0 if model.as_ddpm_fast() is fast else mine.num_timesteps)
     assert in_sampler == [True, True]
     close(images[0], images[1].double(), 1e-4)
+    times = []
+    fast.register_forward_pre_hook(lambda _, given: times.append(given[1].float()))
+    for model in (Theirs(fast).eval(), Theirs(None).eval()):
+        mine.p_sample_loop(model, shape, model_kwargs=labels)
+    assert torch.equal(*torch.stack(times).chunk(2))
     learned = build(T, spacing="7", var="LEARNED")
     with pytest.raises(AssertionError, match="the model must return"):
         learned.p_sample_loop(Theirs(fast).eval(), shape, model_kwargs=labels)
@@ -740,6 +746,15 @@ def test_a_mask_is_denoised_beside_its_image(var, generator):
     mask = (sample > 0).float()
     agree = 2 * (mask * cal).sum() / (mask + cal).sum() >= 0.65
     assert torch.equal(both, (0.5 * cal + 0.5 * sample if agree else cal + 0.25 * sample).clamp(0, 1))
+
+    def sure(x, t):
+        ones = torch.ones_like(x[:, -1:])
+        return ones.repeat(1, 1 + (var in LEARNED), 1, 1) * -50, ones
+
+    sample, *_, both = build(*run, var=var, of=segmentation).p_sample_loop_known(
+        sure, (2,), image, device="cpu"
+    )
+    assert (sample > 0).all() and torch.equal(both, (0.5 + 0.5 * sample).clamp(0, 1))
     few, *_ = mine.p_sample_loop_known(model, (2, 3, 5, 5), image, step=3)
     assert few.shape == (2, 1, 5, 5)
     by_ddim = mine.ddim_sample_loop_known(model, (2, 3, 5, 5), image)
@@ -769,22 +784,29 @@ def solved(betas, image, x, model, N):
 
 @pytest.mark.parametrize("N", [2, 7, 10, 25])
 def test_dpm_solver_draws_a_mask(N, generator):
-    image, model = torch.rand((2, 4, 5, 5), generator=generator), MaskNet().eval()
-    for T, spacing in ((1000, None), (100, "50")):
+    image, network = torch.rand((2, 4, 5, 5), generator=generator), MaskNet().eval()
+
+    def faint(x, t):  # whose x0 needs no bound
+        network.seen.append(t)
+        return x[:, -1:], torch.sigmoid(x[:, :1])
+
+    for T, spacing, model in ((1000, None, network), (100, "50", network), (100, None, faint)):
         mine = build(T, spacing=spacing, of=segmentation, dpm_solver=True)
         for strict in (True, False):
             mine.strict = strict
             torch.manual_seed(2)
-            sample, x_noisy, _, cal, both = mine.p_sample_loop_known(model, (2, 3, 5, 5), image, step=N)
-            assert len(model.seen) == N + 1
-            model.seen.clear()
+            given = model, (2, 3, 5, 5), image
+            sample, x_noisy, _, cal, both = mine.p_sample_loop_known(*given, step=N, device="cpu")
+            assert len(network.seen) == N + 1
+            network.seen.clear()
             exact, (out, exact_cal) = solved(mine.betas, image[:, :-1].double(), x_noisy[:, -1:], model, N)
-            model.seen.clear()
+            network.seen.clear()
             expected = out if strict else exact
             expected = (expected - expected.mean()) / expected.std()
             close(sample, expected.detach(), 1e-4)
             close(cal, exact_cal.detach(), 1e-4)
             close(both, (exact_cal + 0.25 * expected).clamp(0, 1).detach(), 1e-4)
+    model = network
     with pytest.raises(ValueError, match="EPSILON"):
         build(mean="START_X", of=segmentation, dpm_solver=True).p_sample_loop_known(
             model, (2, 3, 5, 5), image
