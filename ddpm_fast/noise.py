@@ -84,3 +84,11 @@ class TorchNoise:
         if isinstance(self.generator, torch.Generator):
             return draw(shape, self.generator).float()
         return torch.cat([draw((1, *shape[1:]), generator) for generator in self.generator]).float()
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The one that torch draws from on that device, the CPU or a GPU, where none is given."""
+    if device.type == "cpu":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]

@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from ddpm_fast.checkpoint import openai
-from ddpm_fast.unet import UNet
-
-pytest.importorskip("ddpm_fast.compat.guided_diffusion.gaussian_diffusion")
-
 from ddpm_fast.compat.guided_diffusion import script_util as guided
 from ddpm_fast.compat.improved_diffusion import script_util as improved
+from ddpm_fast.unet import UNet
 
 BEST = {"class_cond": True, "learn_sigma": True, "attention_resolutions": "32,16,8"}
 BEST |= {"resblock_updown": True, "use_scale_shift_norm": True, "use_fp16": True, "num_res_blocks": 2}

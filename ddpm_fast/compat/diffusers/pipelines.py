@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ... import ops
-from ...noise import CounterNoise, Noise, TorchNoise
+from ...noise import CounterNoise, Noise, TorchNoise, default_generator
 from ...steps import StepTable
 from .networks import Network
 from .schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -206,7 +206,7 @@ class _InSampler:
             seeds = asked.seeds.to(device)
             noise = CounterNoise(seeds, torch.zeros_like(seeds))
         else:
-            generator = _default_generator(device) if asked.generator is None else asked.generator
+            generator = default_generator(device) if asked.generator is None else asked.generator
             noise = TorchNoise(generator, self.unet.dtype)
 
         def callback(i: int, t: int, x: Tensor, x0: Tensor) -> None:
@@ -359,11 +359,3 @@ class DDIMPipeline(_InSampler, diffusers.DDIMPipeline):
             eta=eta,
             use_clipped_model_output=use_clipped_model_output,
         )
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    """The one that torch draws from where none is given."""
-    if device.type == "cpu":
-        return torch.default_generator
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.default_generators[index]
