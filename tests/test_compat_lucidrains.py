@@ -158,6 +158,14 @@ def test_a_loop_takes_the_steps_of_the_papers(objective, schedule, T, S, eta):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_levels_are_those_of_the_equations(schedule):
+    for T in (1000, 50):
+        equations, ours = Equations("pred_v", schedule, T), build("pred_v", schedule, timesteps=T)
+        torch.testing.assert_close(ours.betas.double(), equations.beta, rtol=1e-7, atol=0)
+        torch.testing.assert_close(ours.alphas_cumprod.double(), equations.ab, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_loss_is_that_of_the_equations(schedule):
     x0, t = torch.rand(6, 3, 8, 8), torch.tensor([0, 3, 20, 50, 98, 99])
     noise, offset = torch.randn(6, 3, 8, 8), 0.1
@@ -217,6 +225,25 @@ def test_its_pictures_are_the_packages(package, objective, schedule):
             (found, state), (expected, expected_state) = (seeded(call, each) for each in (ours, theirs))
             torch.testing.assert_close(found, expected, rtol=0, atol=IMAGE)
             assert torch.equal(state, expected_state)
+
+
+def test_where_little_signal_is_left_it_rounds_as_the_package(package):
+    """A network that knows its noise well leaves x0 a small difference of large numbers."""
+    for schedule in SCHEDULES:
+        given = {"timesteps": 1000, "sampling_timesteps": 4, "model": Denoiser("pred_noise").eval()}
+        ours = build("pred_noise", schedule, **given)
+        theirs = build("pred_noise", schedule, cls=package.GaussianDiffusion, **given)
+        a, s = ours.sqrt_alphas_cumprod.double(), ours.sqrt_one_minus_alphas_cumprod.double()
+
+        def knowing(x, t, x_self_cond, a=a, s=s):
+            x, (a, s) = x.double(), (level[t][:, None, None, None] for level in (a, s))
+            return ((x - a * torch.sin(3 * x)) / s).float()
+
+        ours.model.forward = knowing
+        (found, _), (expected, _) = (
+            seeded(each.sample, 4, return_all_timesteps=True) for each in (ours, theirs)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=STEP)
 
 
 def test_its_methods_are_the_packages(package):

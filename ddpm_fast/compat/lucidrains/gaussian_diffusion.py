@@ -48,8 +48,8 @@ class GaussianDiffusion(nn.Module):
 
     The same state dict, and from the same generator the same draws in the same order. `p_sample_loop`,
     `ddim_sample` and `interpolate` run in `Sampler`, one fused update a step (on CUDA a captured step),
-    unless a step is more than that: self-conditioning, a network that training mode makes random, autocast, another
-    dtype than float32, or steps that a subclass has of its own. Then they run as they are written.
+    unless a step is more than that: self-conditioning, a network that training mode makes random, autocast,
+    another dtype than float32, or steps that a subclass has of its own. Then they run as they are written.
 
     Args:
         model: ``model(x, t, x_self_cond) -> out`` with ``channels``, ``out_dim`` and ``self_condition``: the
