@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import ops
+from ddpm_fast import Schedule, ops, steps
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install ddpm_fast[test]")
 ROOT = Path(__file__).parents[1]
@@ -60,6 +60,46 @@ def test_both_sample_by_the_same_steps(bench, monkeypatch):
             noise = ops.counter_normal((50, 2), 0, 0, i) * tutorial.betas[t].sqrt()
             torch.testing.assert_close(x, mean + (noise if t > 0 else 0), rtol=1e-4, atol=1e-5)
         before = x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("points", [1, 1023, 2500])  # a part of a block, and three with the last in part
+def test_points_in_blocks_are_the_network(bench, dtype, points, generator):
+    model = bench.EmbeddingMLP().to(dtype).eval()
+    x = torch.randn(points, 2, generator=generator).to(dtype)
+    each, shared = torch.full((points,), 7), torch.tensor([7]).expand(points)
+    eager, found = model(x, each), model(x, shared)
+    expected = model.double()(x.double(), each)
+    allowed = 2 * (eager - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
+    assert (found - expected).abs().max() <= allowed
+    assert found.is_contiguous() and found.dtype == dtype
+
+
+def test_points_that_share_a_time_have_gradients(bench):
+    model = bench.EmbeddingMLP()
+    x, shared = torch.randn(5, 2), torch.tensor([7]).expand(5)
+    grads = [
+        torch.autograd.grad(model(x, t).square().sum(), [*model.parameters()])
+        for t in (shared, shared.clone())
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("elements", [1, 2, 5, 127])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_point_steps_alike_in_any_batch(elements, dtype, generator):
+    """Small samples go through the kernel together, their noise drawn side by side."""
+    table = steps.ddpm(Schedule.linear(50)).tensor(dtype=torch.float64 if dtype.itemsize == 8 else None)
+    x, out = torch.randn(2, 600, elements, generator=generator).to(dtype).unbind()
+    image = torch.randint(2**40, (600,), generator=generator)
+    given = {"seed": 2**63 + 5, "clip": 0.5}
+    together = ops.posterior_step(x, out, table, 7, image_index=image, **given)
+    for k in (0, 1, 17, 204, 511, 599):
+        alone = ops.posterior_step(x[k:][:1], out[k:][:1], table, 7, image_index=image[k:][:1], **given)
+        torch.testing.assert_close([y[k] for y in together], [y[0] for y in alone], rtol=0, atol=0)
+    both = ops.posterior_step(x, torch.cat([out, out * torch.nan], 1), table, 7, image_index=image, **given)
+    torch.testing.assert_close(both, together, rtol=0, atol=0)
 
 
 def test_an_epoch_is_a_permutation(bench):

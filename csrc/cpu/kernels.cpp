@@ -84,6 +84,7 @@ const Kernels DDPM_FAST_ISA = {
     axpby<float>,
     axpby<double>,
     normal,
+    normal_each,
     posterior_step<float>,
     posterior_step<double>,
     group_norm_nhwc_any,

@@ -88,6 +88,11 @@ struct Kernels {
   // elements [begin, begin + n) of an image's noise; begin is a multiple of 4
   void (*normal)(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, float* out, int64_t n);
 
+  // all elements of `count` images, of which each has few
+  void (*normal_each)(
+      uint64_t seed, uint32_t stream_step, const int64_t* images, int64_t count, int64_t elements,
+      float* out);
+
   void (*posterior_step_float)(const StepRow&, const StepSpan<float>&, int64_t n);
   void (*posterior_step_double)(const StepRow&, const StepSpan<double>&, int64_t n);
 

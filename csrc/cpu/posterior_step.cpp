@@ -13,6 +13,8 @@ namespace ddpm_fast {
 namespace {
 
 constexpr int64_t kSpan = 1024;  // six operands of 4 KB: they meet in L1
+constexpr int64_t kFew =
+    128;  // elements of a sample, below which a kernel call for it costs more than they do
 
 struct Step {  // the checked, contiguous operands of one call
   Tensor x, out, table, i;
@@ -64,11 +66,18 @@ struct Elements {
 template <typename T>
 void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
   const cpu::Kernels& kernels = cpu::kernels();
-  const int64_t batch = step.x.size(0), elements = step.x.numel() / std::max<int64_t>(batch, 1);
-  const int64_t out_elements = step.out.numel() / std::max<int64_t>(batch, 1);
+  const int64_t samples = step.x.size(0), size = step.x.numel() / std::max<int64_t>(samples, 1);
+  const int64_t out_elements = step.out.numel() / std::max<int64_t>(samples, 1);
   const bool learned = step.table.size(1) == 9;
-  const PerSample steps("i", step.i, batch);
+  const PerSample steps("i", step.i, samples);
   steps.check_range("i", step.table.size(0));
+  const PerSample seeds = step.seed ? PerSample("seed", *step.seed, samples) : steps;
+  const PerSample images = step.image_index ? PerSample("image_index", *step.image_index, samples) : steps;
+  // Small samples that differ by their noise only go through the kernels as one.
+  const bool together = samples > 1 && size > 0 && size < kFew && steps.is_one() && !step.clip_each &&
+                        out_elements == size && !learned &&
+                        (!step.seed || (seeds.is_one() && !images.is_one()));
+  const int64_t batch = together ? 1 : samples, elements = together ? samples * size : size;
   std::vector<cpu::StepRow> rows(batch);
   for (int64_t b = 0; b < batch; ++b) {
     rows[b] = row_of(step, steps[b], b);
@@ -77,15 +86,14 @@ void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
         rows[b].x_from_noise == 0 || step.noise || step.seed,
         "noise or seed is missing, and row i of the table needs it");
   }
-  const PerSample seeds = step.seed ? PerSample("seed", *step.seed, batch) : steps;
-  const PerSample images = step.image_index ? PerSample("image_index", *step.image_index, batch) : steps;
   const Dtype dtype = dtype_of("x", step.x);
   const Elements x(step.x, dtype), out(step.out, dtype_of("out", step.out));
   const Elements noise(step.noise, dtype), history(step.x0_prev, dtype);
   char* const next = mutable_at(x_next, dtype, 0);
   char* const clean = x0 ? mutable_at(*x0, dtype, 0) : nullptr;
 
-  parallel_spans(batch, elements, kSpan, [&](int64_t b, int64_t begin, int64_t end) {
+  const int64_t longest = together ? kSpan / size * size : kSpan;
+  parallel_spans(batch, elements, longest, [&](int64_t b, int64_t begin, int64_t end) {
     const int64_t n = end - begin, k = b * elements + begin, k_out = b * out_elements + begin;
     const cpu::StepRow& row = rows[b];
     T x_buffer[kSpan], out_buffer[kSpan], v_buffer[kSpan], history_buffer[kSpan], noise_buffer[kSpan];
@@ -101,7 +109,12 @@ void run(const Step& step, Tensor& x_next, OptionalTensor& x0) {
         constexpr bool kDouble = std::is_same_v<T, double>;
         float drawn[kDouble ? kSpan : 1];
         float* const z = kDouble ? drawn : reinterpret_cast<float*>(noise_buffer);
-        kernels.normal(seeds[b], stream_step(kStreamStep, steps[b]), images[b], begin, z, n);
+        const uint32_t stream = stream_step(kStreamStep, steps[b]);
+        if (together) {
+          kernels.normal_each(seeds[b], stream, images.from(begin / size), n / size, size, z);
+        } else {
+          kernels.normal(seeds[b], stream, images[b], begin, z, n);
+        }
         if (kDouble) std::copy(z, z + n, noise_buffer);
         span.noise = noise_buffer;
       }

@@ -18,6 +18,10 @@ class PerSample {
 
   int64_t operator[](int64_t sample) const { return data_[sample * stride_]; }
 
+  bool is_one() const { return values_.numel() == 1; }
+
+  const int64_t* from(int64_t sample) const { return data_ + sample * stride_; }
+
   void check_range(const char* name, int64_t rows) const {
     for (int64_t b = 0; b < values_.numel(); ++b) {
       if (data_[b] < 0 || data_[b] >= rows) {

@@ -14,6 +14,9 @@ from ..schedule import check_int
 __all__ = ["EmbeddingMLP", "MLPConfig", "picture"]
 
 PIXELS = 128
+BLOCK = 2**19
+"""Bytes that a layer makes at a time of points that share a time: these and the next layer's are to stay in a
+core's second cache."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,34 @@ class EmbeddingMLP(nn.Module):
         self.out = nn.Linear(units, dim)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if t.stride(0) == 0:  # one time for all points, as when sampling: its embeddings are biases
+            shifts = [layer.bias + time(t[0]) for layer, time in zip(self.layers, self.times, strict=True)]
+            if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return self._by_blocks(x, shifts)
+            for layer, shift in zip(self.layers, shifts, strict=True):
+                x = F.relu(F.linear(x, layer.weight, shift))
+            return self.out(x)
         for layer, time in zip(self.layers, self.times, strict=True):
-            if t.stride(0) == 0:  # one time for all points, as when sampling: a bias
-                x = F.relu(F.linear(x, layer.weight, layer.bias + time(t[0])))
-            else:
-                x = F.relu(layer(x) + time(t))
+            x = F.relu(layer(x) + time(t))
         return self.out(x)
+
+    def _by_blocks(self, x: Tensor, shifts: list[Tensor]) -> Tensor:
+        """The network on some points after the others, so that what its layers make stays in the cache."""
+        first, *others = (layer.weight for layer in self.layers)
+        # Of few coordinates: a bias costs least as one more of them, and points at the end as columns.
+        first = torch.cat([first, shifts[0][:, None]], 1).t()
+        others = [(weight.t(), shift) for weight, shift in zip(others, shifts[1:], strict=True)]
+        x, out = torch.cat([x, x.new_ones(len(x), 1)], 1), x.new_empty(self.out.out_features, len(x))
+        rows = max(1, BLOCK // (first.shape[1] * x.element_size()))
+        h, after = x.new_empty(2, min(rows, len(x)), first.shape[1])
+        for points, result in zip(x.split(rows), out.split(rows, 1), strict=True):
+            h, after = h[: len(points)], after[: len(points)]
+            torch.mm(points, first, out=h).relu_()
+            for weight, shift in others:
+                torch.addmm(shift, h, weight, out=after).relu_()
+                h, after = after, h
+            torch.mm(self.out.weight, h.t(), out=result)
+        return out.add_(self.out.bias[:, None]).t().contiguous()
 
 
 def picture(points: Tensor) -> Tensor:

@@ -38,6 +38,17 @@ struct TwoMulHiLo {
 
 constexpr int64_t kDrawn = 8 * kLanes;  // normals at a time: four of a quad in each lane
 
+// the normals of these counters, quad after quad
+inline void draw(Two (&c)[4], uint64_t seed, float* out) {
+  philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), TwoMulHiLo{});
+  for (int k = 0; k < 2; ++k) {
+    Float z[4];
+    box_muller(c[0].of[k], c[1].of[k], z[0], z[1]);
+    box_muller(c[2].of[k], c[3].of[k], z[2], z[3]);
+    store_quads(out + k * (kDrawn / 2), z);
+  }
+}
+
 inline void draw(uint64_t seed, uint32_t stream_step, uint64_t image, uint32_t quad, float* out) {
   const auto all = [](uint32_t value) { return Two{{UInt{} + value, UInt{} + value}}; };
   UInt quads;
@@ -47,13 +58,7 @@ inline void draw(uint64_t seed, uint32_t stream_step, uint64_t image, uint32_t q
       all(stream_step),
       all(static_cast<uint32_t>(image)),
       all(static_cast<uint32_t>(image >> 32))};
-  philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), TwoMulHiLo{});
-  for (int k = 0; k < 2; ++k) {
-    Float z[4];
-    box_muller(c[0].of[k], c[1].of[k], z[0], z[1]);
-    box_muller(c[2].of[k], c[3].of[k], z[2], z[3]);
-    store_quads(out + k * (kDrawn / 2), z);
-  }
+  draw(c, seed, out);
 }
 
 void normal(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, float* out, int64_t n) {
@@ -65,6 +70,40 @@ void normal(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, 
       float rest[kDrawn];
       draw(seed, stream_step, image, quad, rest);
       std::memcpy(out + done, rest, (n - done) * sizeof(float));
+    }
+  }
+}
+
+// The same of many small images, a lane's quad of whichever image comes next.
+void normal_each(
+    uint64_t seed, uint32_t stream_step, const int64_t* images, int64_t count, int64_t elements, float* out) {
+  constexpr int64_t kQuads = 2 * kLanes;
+  const int64_t quads = (elements + 3) / 4;  // of an image
+  const UInt steps = UInt{} + stream_step;
+  int64_t image = 0, quad = 0, written = 0;
+  float* to = out;
+  for (int64_t done = 0; done < count * quads; done += kQuads) {
+    uint32_t of_quad[kQuads] = {}, low[kQuads] = {}, high[kQuads] = {};
+    for (int64_t k = 0; k < kQuads && image < count; ++k) {
+      of_quad[k] = static_cast<uint32_t>(quad);
+      low[k] = static_cast<uint32_t>(images[image]);
+      high[k] = static_cast<uint32_t>(static_cast<uint64_t>(images[image]) >> 32);
+      if (++quad == quads) quad = 0, ++image;
+    }
+    Two c[4];
+    for (int k = 0; k < 2; ++k) {
+      c[1].of[k] = steps;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t from = k * kLanes + quad_of(lane);
+        c[0].of[k][lane] = of_quad[from], c[2].of[k][lane] = low[from], c[3].of[k][lane] = high[from];
+      }
+    }
+    float drawn[kDrawn];
+    draw(c, seed, drawn);
+    for (int64_t k = 0; k < kQuads && done + k < count * quads; ++k) {
+      const int64_t left = elements - written, n = left < 4 ? left : 4;
+      for (int64_t e = 0; e < n; ++e) to[e] = drawn[4 * k + e];
+      to += n, written = written + n == elements ? 0 : written + n;
     }
   }
 }
