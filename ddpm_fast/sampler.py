@@ -92,7 +92,9 @@ class Sampler:
             with a warning. True: of any model, and one that cannot be captured is an error. False: never.
             Where there is no memory for the capture, a run goes on without it, with a warning; under autocast
             none is made. A replay repeats kernels: what the model decides in Python is frozen at the capture
-            (see `cuda_graph.version`), while weights that change in place are seen.
+            (see `cuda_graph.version`), while weights that change in place are seen. On the CPU the ops of our
+            U-Net are recorded in each run's second step and replayed without its Python (see `replay`), if
+            nothing of it is replaced or hooked; not with False.
         channels_last: feed the model 4-d inputs in that layout; a module is copied and its weights converted
             too. "auto": on CUDA where ``dtype`` is a half, so that the copy is made anyway; on the CPU for
             our U-Net, which is not copied: it lays out its weights itself, once a run (`convolution`).
@@ -175,7 +177,7 @@ class Sampler:
                 dtype = parameter.dtype
         self.dtype = dtype
         self.model = model
-        self._network = Network(model, dtype, self.channels_last, compile)
+        self._network = Network(model, dtype, self.channels_last, compile, graph is not False)
         self._graphs = Graphs(model, graph)
 
     @property

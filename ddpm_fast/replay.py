@@ -1,0 +1,227 @@
+"""A network's call without the Python of its modules: recorded once, then replayed, op by op.
+
+A tenth to a quarter of a U-Net's step on the CPU is Python: its modules' calls, checks and views. Where every
+call runs the same ops, once is enough. A dispatch mode writes down the ops of one call: a number or a dtype
+as it is, a tensor that the call made as a variable, any other (a weight, a buffer) by reference. A view is
+the strides by which an op reads a variable, and a variable is deleted after its last use. The result is a
+Python function of one line an op, which later calls run: the CPU's counterpart of a captured CUDA graph,
+equal to the bit to the call that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Call = Callable[[Tensor], Tensor]
+
+RECORDED = 2
+"""Which call is recorded: by then the weights are laid out. To record takes as long as two calls waste in
+Python, so that a run of four steps loses nothing."""
+
+
+class Replayed:
+    """``call(given) -> out``, as it is at first, recorded once and replayed from then on.
+
+    Whoever makes one knows that every call runs the same ops on the same shapes: of ``given``, of what those
+    ops make of it, and of tensors that stay where they are, whose values are read anew at each call. A call
+    whose ops ask for a value is never replayed, nor is one at which somebody watches: a dispatch or function
+    mode, autocast, a global hook of modules.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.replay: Call | None = None
+        self._calls = 0
+
+    def __call__(self, given: Tensor) -> Tensor:
+        if _is_watched():
+            return self.call(given)
+        if self.replay is not None:
+            with torch.inference_mode():  # an op has less to look after
+                return self.replay(given)
+        self._calls += 1
+        if self._calls != RECORDED:
+            return self.call(given)
+        with torch.inference_mode(), _Recorder(given) as recorder:
+            out = self.call(given)
+        self.replay = recorder.function(out)
+        return out
+
+
+def _is_watched() -> bool:
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+        or _has_any_global_hook()
+    )
+
+
+class _View(NamedTuple):
+    """How a variable is read. ``offset`` is None for the call's argument: wherever that one begins."""
+
+    variable: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | None
+
+
+class _Line(NamedTuple):
+    """``targets = op(*args, **kwargs)``; a target of None is not a tensor of its own."""
+
+    targets: list[int | None]
+    returns_one: bool
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Unrecordable(Exception):
+    """The op may do something else at the next call, or handles tensors that are not plain ones."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the ops of one call, and keeps nothing of what they return."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self._complete = True
+        self._lines: list[_Line] = []
+        self._whole: list[_View] = []  # by variable
+        self._dtypes: list[torch.dtype] = []
+        self._variables: dict[StorageWeakRef, int] = {}  # weak: the memory is free, its address is not
+        self._name(given)
+        self._whole[0] = self._whole[0]._replace(offset=None)
+        self._start = given.storage_offset()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import it, which takes a second
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._complete:
+            try:
+                self._write(func, args, kwargs, result)
+            except _Unrecordable:
+                self._complete = False
+        return result
+
+    def function(self, out: Tensor) -> Call | None:
+        """The call that returned ``out`` as a function, None if one of its ops cannot be repeated."""
+        try:
+            return _function(self._lines, self._whole, self._read(out, set())) if self._complete else None
+        except _Unrecordable:
+            return None
+
+    def _write(self, func, args, kwargs, result) -> None:
+        elsewhere: set[StorageWeakRef] = set()
+        args = tuple(self._read(value, elsewhere) for value in args)
+        kwargs = {name: self._read(value, elsewhere) for name, value in kwargs.items()}
+        returns_one = not isinstance(result, (list, tuple))
+        targets: list[int | None] = []
+        for value in [result] if returns_one else result:
+            if value is None:
+                targets.append(None)
+                continue
+            storage = _storage(value)
+            if storage is None:
+                raise _Unrecordable
+            is_new = storage not in self._variables and storage not in elsewhere
+            targets.append(self._name(value) if is_new else None)
+        if func._schema.is_mutable or any(target is not None for target in targets):
+            self._lines.append(_Line(targets, returns_one, func._op, args, kwargs))
+
+    def _name(self, tensor: Tensor) -> int:
+        variable = self._variables[_storage(tensor)] = len(self._whole)
+        self._whole.append(_View(variable, tensor.shape, tensor.stride(), tensor.storage_offset()))
+        self._dtypes.append(tensor.dtype)
+        return variable
+
+    def _read(self, value: Any, elsewhere: set[StorageWeakRef]) -> Any:
+        """An argument, with a `_View` for each tensor that the call made; the others are added to the set."""
+        if isinstance(value, (list, tuple)):
+            read = [self._read(each, elsewhere) for each in value]
+            return read if any(isinstance(each, (_View, Tensor)) for each in read) else value
+        if not isinstance(value, Tensor):
+            return value
+        storage = _storage(value)
+        variable = self._variables.get(storage)
+        if variable is None:
+            elsewhere.add(storage)
+            return value
+        offset: int | None = value.storage_offset()
+        if variable == 0:
+            offset = None if offset == self._start else -1
+        if offset == -1 or value.dtype != self._dtypes[variable]:
+            raise _Unrecordable
+        return _View(variable, value.shape, value.stride(), offset)
+
+
+def _storage(value: Any) -> StorageWeakRef | None:
+    """Of a plain tensor; None for a weight that oneDNN has laid out, which has no storage to look at."""
+    if type(value) not in (Tensor, nn.Parameter) or value.is_conj() or value.is_neg():
+        raise _Unrecordable
+    if value.is_mkldnn:
+        return None
+    if value.layout != torch.strided:
+        raise _Unrecordable
+    return StorageWeakRef(value.untyped_storage())
+
+
+def _variables(value: Any) -> Iterator[int]:
+    """Those that an argument, or a list of arguments, reads."""
+    if isinstance(value, _View):
+        yield value.variable
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _variables(each)
+
+
+def _function(lines: list[_Line], whole: list[_View], out: Any) -> Call:
+    """The lines as Python; what is not a plain number or name in it is in its namespace."""
+    namespace: dict[str, Any] = {"as_strided": torch.as_strided}
+    names: dict[int, str] = {}
+
+    def text(value: Any) -> str:
+        if isinstance(value, _View):
+            name = f"v{value.variable}"
+            view = f"as_strided({name}, {tuple(value.size)}, {value.stride}, {value.offset})"
+            return name if value == whole[value.variable] else view
+        if isinstance(value, list) and any(True for _ in _variables(value)):
+            return f"[{', '.join(map(text, value))}]"
+        if value is None or type(value) in (bool, int):
+            return repr(value)
+        name = names.setdefault(id(value), f"c{len(names)}")
+        namespace[name] = value
+        return name
+
+    read_later = set(_variables(out))
+    body = [f" return {text(out)}"]
+    for targets, returns_one, op, args, kwargs in reversed(lines):
+        made = [target for target in targets if target is not None]
+        touched = {*made, *_variables(args), *_variables(list(kwargs.values()))}
+        done, read_later = sorted(touched - read_later), read_later | touched
+        body.extend(f" del v{variable}" for variable in done)
+        given = [*map(text, args), *(f"{name}={text(value)}" for name, value in kwargs.items())]
+        names_made = ", ".join("_" if target is None else f"v{target}" for target in targets)
+        returned = "" if not made else f"{names_made} = " if returns_one else f"[{names_made}] = "
+        body.append(f" {returned}{text(op)}({', '.join(given)})")
+    exec(_compiled("\n".join(["def call(v0):", *reversed(body)])), namespace)
+    return namespace.pop("call")  # else the two would keep each other, and the weights
+
+
+@lru_cache(maxsize=32)
+def _compiled(source: str) -> CodeType:
+    """The next run of the same network differs in its constants only."""
+    return compile(source, __name__, "exec")
