@@ -16,8 +16,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,18 +89,19 @@ class _Unrecordable(Exception):
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the ops of one call, and keeps nothing of what they return."""
+    """Writes down the ops of one call, and keeps nothing of what they return.
+
+    Which variable a storage is, is noted on the storage itself, and gone with it. Weak references would leave
+    small blocks of memory between the large ones: a peak two thirds higher, of gaps that nothing fits in.
+    """
 
     def __init__(self, given: Tensor) -> None:
         super().__init__()
         self._complete = True
         self._lines: list[_Line] = []
-        self._whole: list[_View] = []  # by variable
-        self._dtypes: list[torch.dtype] = []
-        self._variables: dict[StorageWeakRef, int] = {}  # weak: the memory is free, its address is not
-        self._name(given)
-        self._whole[0] = self._whole[0]._replace(offset=None)
-        self._start = given.storage_offset()
+        self._whole = [_View(0, given.shape, given.stride(), None)]  # by variable
+        self._given, self._start = given, given.storage_offset()
+        self._mark = object()  # of this recorder's notes
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -125,50 +125,55 @@ class _Recorder(TorchDispatchMode):
             return None
 
     def _write(self, func, args, kwargs, result) -> None:
-        elsewhere: set[StorageWeakRef] = set()
+        elsewhere: set[int] = set()
         args = tuple(self._read(value, elsewhere) for value in args)
         kwargs = {name: self._read(value, elsewhere) for name, value in kwargs.items()}
         returns_one = not isinstance(result, (list, tuple))
-        targets: list[int | None] = []
-        for value in [result] if returns_one else result:
-            if value is None:
-                targets.append(None)
-                continue
-            storage = _storage(value)
-            if storage is None:
-                raise _Unrecordable
-            is_new = storage not in self._variables and storage not in elsewhere
-            targets.append(self._name(value) if is_new else None)
+        targets = [self._target(value, elsewhere) for value in ([result] if returns_one else result)]
         if func._schema.is_mutable or any(target is not None for target in targets):
             self._lines.append(_Line(targets, returns_one, func._op, args, kwargs))
 
-    def _name(self, tensor: Tensor) -> int:
-        variable = self._variables[_storage(tensor)] = len(self._whole)
-        self._whole.append(_View(variable, tensor.shape, tensor.stride(), tensor.storage_offset()))
-        self._dtypes.append(tensor.dtype)
+    def _target(self, result: Any, elsewhere: set[int]) -> int | None:
+        """The variable that a result is from now on; None for a view, an argument or nothing."""
+        if result is None:
+            return None
+        storage = _storage(result)
+        if storage is None:
+            raise _Unrecordable
+        if self._variable(storage) is not None or storage._cdata in elsewhere:
+            return None
+        variable = len(self._whole)
+        self._whole.append(_View(variable, result.shape, result.stride(), result.storage_offset()))
+        storage._ddpm_fast_variable = self._mark, variable, result.dtype
         return variable
 
-    def _read(self, value: Any, elsewhere: set[StorageWeakRef]) -> Any:
-        """An argument, with a `_View` for each tensor that the call made; the others are added to the set."""
+    def _variable(self, storage: UntypedStorage) -> tuple[int, torch.dtype] | None:
+        """Its number and dtype, if the call has made it or was given it."""
+        if storage._cdata == self._given.untyped_storage()._cdata:
+            return 0, self._given.dtype
+        mark, *variable = getattr(storage, "_ddpm_fast_variable", (None,))
+        return tuple(variable) if mark is self._mark else None
+
+    def _read(self, value: Any, elsewhere: set[int]) -> Any:
+        """An argument, with a `_View` for each of the call's tensors; other storages are added to the set."""
         if isinstance(value, (list, tuple)):
             read = [self._read(each, elsewhere) for each in value]
-            return read if any(isinstance(each, (_View, Tensor)) for each in read) else value
-        if not isinstance(value, Tensor):
+            return read if any(isinstance(each, _View) for each in read) else value
+        storage = _storage(value) if isinstance(value, Tensor) else None
+        if storage is None:
             return value
-        storage = _storage(value)
-        variable = self._variables.get(storage)
-        if variable is None:
-            elsewhere.add(storage)
+        known = self._variable(storage)
+        if known is None:
+            elsewhere.add(storage._cdata)
             return value
+        variable, dtype = known
         offset: int | None = value.storage_offset()
-        if variable == 0:
-            offset = None if offset == self._start else -1
-        if offset == -1 or value.dtype != self._dtypes[variable]:
+        if value.dtype != dtype or (variable == 0 and offset != self._start):
             raise _Unrecordable
-        return _View(variable, value.shape, value.stride(), offset)
+        return _View(variable, value.shape, value.stride(), offset if variable else None)
 
 
-def _storage(value: Any) -> StorageWeakRef | None:
+def _storage(value: Any) -> UntypedStorage | None:
     """Of a plain tensor; None for a weight that oneDNN has laid out, which has no storage to look at."""
     if type(value) not in (Tensor, nn.Parameter) or value.is_conj() or value.is_neg():
         raise _Unrecordable
@@ -176,7 +181,7 @@ def _storage(value: Any) -> StorageWeakRef | None:
         return None
     if value.layout != torch.strided:
         raise _Unrecordable
-    return StorageWeakRef(value.untyped_storage())
+    return value.untyped_storage()
 
 
 def _variables(value: Any) -> Iterator[int]:
@@ -198,7 +203,7 @@ def _function(lines: list[_Line], whole: list[_View], out: Any) -> Call:
             name = f"v{value.variable}"
             view = f"as_strided({name}, {tuple(value.size)}, {value.stride}, {value.offset})"
             return name if value == whole[value.variable] else view
-        if isinstance(value, list) and any(True for _ in _variables(value)):
+        if isinstance(value, list) and next(_variables(value), None) is not None:
             return f"[{', '.join(map(text, value))}]"
         if value is None or type(value) in (bool, int):
             return repr(value)
