@@ -194,36 +194,35 @@ def _variables(value: Any) -> Iterator[int]:
 
 
 def _function(lines: list[_Line], whole: list[_View], out: Any) -> Call:
-    """The lines as Python; what is not a plain number or name in it is in its namespace."""
-    namespace: dict[str, Any] = {"as_strided": torch.as_strided}
-    names: dict[int, str] = {}
-
-    def text(value: Any) -> str:
-        if isinstance(value, _View):
-            name = f"v{value.variable}"
-            view = f"as_strided({name}, {tuple(value.size)}, {value.stride}, {value.offset})"
-            return name if value == whole[value.variable] else view
-        if isinstance(value, list) and next(_variables(value), None) is not None:
-            return f"[{', '.join(map(text, value))}]"
-        if value is None or type(value) in (bool, int):
-            return repr(value)
-        name = names.setdefault(id(value), f"c{len(names)}")
-        namespace[name] = value
-        return name
-
+    """The lines as Python; what is neither a variable nor a plain number is in its namespace."""
+    constants: dict[int, tuple[str, Any]] = {}
     read_later = set(_variables(out))
-    body = [f" return {text(out)}"]
+    body = [f" return {_text(out, whole, constants)}"]
     for targets, returns_one, op, args, kwargs in reversed(lines):
         made = [target for target in targets if target is not None]
         touched = {*made, *_variables(args), *_variables(list(kwargs.values()))}
         done, read_later = sorted(touched - read_later), read_later | touched
         body.extend(f" del v{variable}" for variable in done)
-        given = [*map(text, args), *(f"{name}={text(value)}" for name, value in kwargs.items())]
-        names_made = ", ".join("_" if target is None else f"v{target}" for target in targets)
-        returned = "" if not made else f"{names_made} = " if returns_one else f"[{names_made}] = "
-        body.append(f" {returned}{text(op)}({', '.join(given)})")
+        given = [_text(value, whole, constants) for value in args]
+        given += [f"{name}={_text(value, whole, constants)}" for name, value in kwargs.items()]
+        names = ", ".join("_" if target is None else f"v{target}" for target in targets)
+        returned = "" if not made else f"{names} = " if returns_one else f"[{names}] = "
+        body.append(f" {returned}{_text(op, whole, constants)}({', '.join(given)})")
+    namespace = {"as_strided": torch.as_strided} | dict(constants.values())
     exec(_compiled("\n".join(["def call(v0):", *reversed(body)])), namespace)
     return namespace.pop("call")  # else the two would keep each other, and the weights
+
+
+def _text(value: Any, whole: list[_View], constants: dict[int, tuple[str, Any]]) -> str:
+    if isinstance(value, _View):
+        name = f"v{value.variable}"
+        view = f"as_strided({name}, {tuple(value.size)}, {value.stride}, {value.offset})"
+        return name if value == whole[value.variable] else view
+    if isinstance(value, list) and next(_variables(value), None) is not None:
+        return f"[{', '.join(_text(each, whole, constants) for each in value)}]"
+    if value is None or type(value) in (bool, int):
+        return repr(value)
+    return constants.setdefault(id(value), (f"c{len(constants)}", value))[0]
 
 
 @lru_cache(maxsize=32)
