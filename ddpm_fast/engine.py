@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .guidance import Classifier, combine
 from .replay import Replayed
 from .unet import TimeRows, UNet
 
@@ -37,7 +38,9 @@ class Buffers:
         step: (B,) int64, where the counter noise's step is not ``i``, and the kernel cannot draw it.
         clip: (B,) float32, each sample's bound of x0, where they differ.
         noise: like x, where it is drawn on the host.
-        class_labels: (B, ...), what the model is told of each sample besides its time.
+        class_labels: (B, ...), what the model is told of each sample besides its time; or (2B, ...), and then
+            what it is told where there is no class, with
+        guidance_scale: (B,) float32: how far from the one to the other, see `guidance.combine`.
         rows: the time rows of the timesteps, where the model is our U-Net.
     """
 
@@ -52,6 +55,7 @@ class Buffers:
     clip: Tensor | None = None
     noise: Tensor | None = None
     class_labels: Tensor | None = None
+    guidance_scale: Tensor | None = None
     rows: TimeRows | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -150,7 +154,7 @@ class Network:
             for part in self.model.modules()
         )
 
-    def bind(self, buffers: Buffers, clip: float | None) -> Step:
+    def bind(self, buffers: Buffers, clip: float | None, classifier: Classifier | None = None) -> Step:
         """The step on these buffers. It raises TypeError or ValueError for an ``out`` that does not fit."""
         x, rows = buffers.x, buffers.rows
         model, forward_rows = self.model, getattr(self.model, "forward_rows", None)
@@ -171,25 +175,37 @@ class Network:
 
         calling = self._calling()
         labels = () if buffers.class_labels is None else (buffers.class_labels,)
+        scale = buffers.guidance_scale
 
-        def call(i_or_t: Tensor) -> Tensor:
+        def predict(i_or_t: Tensor) -> Tensor:
             given = x if as_it_is else x.to(**options)
             with calling:
-                return model(given, i_or_t, *labels) if rows is None else forward_rows(given, rows, i_or_t)
-
-        if self.replay and not self.compile and x.device.type == "cpu" and self._repeats_itself():
-            call = Replayed(call)
-
-        def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
-            out = call(t if rows is None else i)
+                if scale is not None:
+                    out = model(torch.cat([given, given]), torch.cat([i_or_t, i_or_t]), *labels)
+                elif rows is None:
+                    out = model(given, i_or_t, *labels)
+                else:
+                    out = forward_rows(given, rows, i_or_t)
             if not isinstance(out, Tensor):
                 raise TypeError(
                     f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "
                     "lambda x, t: model(x, t).sample"
                 )
-            move(out, i, noise)
+            return out if scale is None else combine(out, scale, x.shape[1])
 
-        return step
+        if self.replay and not self.compile and x.device.type == "cpu" and self._repeats_itself():
+            predict = Replayed(predict)
+
+        def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
+            move(predict(t if rows is None else i), i, noise)
+
+        def guided_step(i: Tensor, t: Tensor, noise: Tensor | None) -> None:
+            out, gradient = predict(t if rows is None else i), classifier.gradient(x, t)
+            out = classifier.before(out, gradient, i)
+            move(out, i, noise)
+            classifier.after(x, out, gradient, i)
+
+        return step if classifier is None else guided_step
 
 
 def advancing(step: Step, buffers: Buffers, draw: Callable[[], Tensor | None]) -> Callable[[], None]:

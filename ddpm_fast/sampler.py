@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops, steps
-from .convolution import Packs, can_pack, packing
+from .convolution import Packs, can_pack, packed_bytes, packing
 from .cuda_graph import Graphs, Stats
 from .engine import Buffers, Model, Network, Step, advancing, evaluating
+from .guidance import Classifier, CondFn, as_labels, as_pair
 from .noise import CounterNoise, Noise, TorchNoise
 from .schedule import Schedule, check_int
 from .steps import StepTable
@@ -102,6 +104,8 @@ class Sampler:
             also tries out kernels. A first call takes some seconds to a minute, a second batch size once
             more; torch keeps what it compiled between processes. On the CPU the module is copied and its
             weights are frozen.
+        low_memory: on the CPU leave out our own convolution, whose packed weights take up to four times the
+            memory of the weights; `stats` says how much they took.
 
     Attributes:
         table: the `StepTable` of a run.
@@ -133,11 +137,14 @@ class Sampler:
         graph: bool | str = "auto",
         channels_last: bool | str = "auto",
         compile: bool | str = False,
+        low_memory: bool = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
         if compile is not True and compile is not False and compile != "max-autotune":
             raise ValueError(f"compile must be False, True or 'max-autotune', got {compile!r}")
+        if not isinstance(low_memory, bool):
+            raise TypeError(f"low_memory must be True or False, got {low_memory!r}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
         for name, value in (("graph", graph), ("channels_last", channels_last)):
@@ -156,6 +163,8 @@ class Sampler:
             "order": order,
         }
         self.table, self._table_of = _tables(schedule, options)
+        self._schedule = schedule if isinstance(schedule, Schedule) else None
+        self._low_memory = low_memory
         self.clip = _as_clip(clip)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         halves = (torch.bfloat16, torch.float16)
@@ -197,6 +206,7 @@ class Sampler:
             raise TypeError(f"table must be a StepTable, got {type(table).__name__}")
         other = copy.copy(self)
         other.table, other._table_of = _tables(table, {})
+        other._schedule = None
         other.clip = _as_clip(clip)
         return other
 
@@ -211,6 +221,9 @@ class Sampler:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: str | Noise = "counter",
         class_labels: Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
+        null_label: int | Tensor | None = None,
+        cond_fn: CondFn | None = None,
         progress: bool | Progress = False,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -230,6 +243,15 @@ class Sampler:
                 image has a seed and an index of its own, or a `noise.TorchNoise`.
             class_labels: what a class-conditional model is told of each image: (B,) int64 for our U-Net; for
                 another model any tensor of B entries. Labels that differ replay the same captured step.
+            guidance_scale: guidance without a classifier (Ho & Salimans 2022, arXiv 2207.12598, whose w is one
+                less): the step sees ``uncond + guidance_scale (cond - uncond)``, from one call of the model on
+                both; a number, or (B,) floating. 1 is the model's own prediction, without a second half.
+            null_label: with it, what the model is told where there is no class: an int, or a tensor like one of
+                ``class_labels`` or like all of them.
+            cond_fn: guidance by a classifier (Dhariwal & Nichol 2021, algorithms 1 and 2), for ddpm and ddim:
+                ``cond_fn(x, t)`` returns the gradient of ``log p(y | x)``, like x, (B,) int64 t; it is called
+                without gradients enabled. ddpm's mean moves by the variance times that, ddim's epsilon by
+                ``-sqrt(1 - ab)`` times that. No step is captured then.
             progress: show a bar on stderr; or a function that shows one, as ``tqdm.tqdm``, given the steps.
             callback: called as ``callback(i, t, x, x0)`` after each step with the step, its time and the live
                 tensors; it may change x in place.
@@ -245,7 +267,18 @@ class Sampler:
         stores_x0 = callback is not None
         with evaluating(self.model):
             run = self._start(
-                batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0, class_labels
+                batch_size,
+                shape,
+                seed,
+                first_image,
+                x_T,
+                generator,
+                noise,
+                stores_x0,
+                class_labels,
+                guidance_scale,
+                null_label,
+                cond_fn,
             )
             try:
                 count: Iterable[int] = range(len(self.table))
@@ -253,7 +286,7 @@ class Sampler:
                     count = tqdm(count, desc=self.table.method, unit="step")
                 elif progress:
                     count = progress(count)
-                with worthwhile(self.model, run.x), packing(run.packs):
+                with run.computing():
                     for i in count:
                         run.step(i)
                         if callback is not None:
@@ -276,6 +309,9 @@ class Sampler:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: str | Noise = "counter",
         class_labels: Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
+        null_label: int | Tensor | None = None,
+        cond_fn: CondFn | None = None,
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yield ``(i, t, x, x0)`` after every ``every``-th step and the last; the tensors are copies.
 
@@ -287,13 +323,26 @@ class Sampler:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an int of at least 1, got {every!r}")
         with evaluating(self.model):
-            run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, True, class_labels)
+            run = self._start(
+                batch_size,
+                shape,
+                seed,
+                first_image,
+                x_T,
+                generator,
+                noise,
+                True,
+                class_labels,
+                guidance_scale,
+                null_label,
+                cond_fn,
+            )
 
         def walk() -> Iterator[tuple[int, int, Tensor, Tensor]]:
             last = len(self.table) - 1
             try:
                 for i in range(last + 1):
-                    with evaluating(self.model), worthwhile(self.model, run.x), packing(run.packs):
+                    with evaluating(self.model), run.computing():
                         run.step(i)
                     if (i + 1) % every == 0 or i == last:
                         yield i, int(self.table.timesteps[i]), run.x.clone(), run.x0.clone()
@@ -334,12 +383,32 @@ class Sampler:
         device = _device(self.model, None)
         _check_device(device, self.dtype, self._graphs.graph)
         stream = Stream(
-            self._network, self._graphs, self._table_of, self.table, self.clip, shape, batch_size, device
+            self._network,
+            self._graphs,
+            self._table_of,
+            self.table,
+            self.clip,
+            shape,
+            batch_size,
+            device,
+            self._low_memory,
         )
         return stream.serve(iter(requests))
 
     def _start(
-        self, batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0, class_labels=None
+        self,
+        batch_size,
+        shape,
+        seed,
+        first_image,
+        x_T,
+        generator,
+        noise,
+        stores_x0,
+        class_labels=None,
+        guidance_scale=None,
+        null_label=None,
+        cond_fn=None,
     ) -> _Run:
         """The checked arguments of a call as a run that stands before its first step; for `evaluating`."""
         several = isinstance(generator, Sequence)
@@ -361,37 +430,16 @@ class Sampler:
         _check_device(device, self.dtype, self._graphs.graph)
 
         source = _noise(noise, generator, seed, first_image, self.dtype, batch_size, device)
-        class_labels = self._labels(class_labels, batch_size, device)
+        labels = as_labels(self.model, class_labels, batch_size, device)
+        labels, scale = as_pair(self.model, labels, guidance_scale, null_label)
+        classifier = None
+        if cond_fn is not None:
+            classifier = Classifier.of(cond_fn, self.table, self._schedule, device)
         if x_T is None:
             x = source.x_T(shape, device)
         else:
             x = x_T.detach().to(device, torch.float32, copy=True).contiguous()
-        return _Run(self, x, source, stores_x0, class_labels)
-
-    def _labels(self, class_labels: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
-        """The labels on the device; for our U-Net, of the classes that it has."""
-        classes = self.model.config.num_class_embeds if isinstance(self.model, UNet) else None
-        if class_labels is None:
-            if classes is not None:
-                raise ValueError(f"the model needs class_labels, in [0, {classes - 1}]")
-            return None
-        if isinstance(self.model, UNet) and classes is None:
-            raise ValueError("the model has no classes and takes no class_labels")
-        if not isinstance(class_labels, Tensor) or (
-            classes is not None and class_labels.dtype != torch.int64
-        ):
-            given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
-            raise TypeError(f"class_labels must be an int64 Tensor, got {given}")
-        shape = tuple(class_labels.shape)
-        if shape[:1] != (batch_size,) or (classes is not None and len(shape) > 1):
-            raise ValueError(f"class_labels must have shape ({batch_size},), one an image, got {shape}")
-        if classes is not None:
-            low, high = (int(label) for label in class_labels.aminmax())
-            if low < 0 or high >= classes:
-                raise ValueError(
-                    f"class_labels must be in [0, {classes - 1}], got {low if low < 0 else high}"
-                )
-        return class_labels.detach().to(device, copy=True).contiguous()
+        return _Run(self, x, source, stores_x0, labels, scale, classifier)
 
     def _shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         """Of one sample: as given, else as x_T's, else the model's own."""
@@ -416,13 +464,22 @@ class _Run:
     """A run under way: what every step reads and writes, and how it is launched."""
 
     def __init__(
-        self, sampler: Sampler, x: Tensor, noise: Noise, stores_x0: bool, class_labels: Tensor | None
+        self,
+        sampler: Sampler,
+        x: Tensor,
+        noise: Noise,
+        stores_x0: bool,
+        class_labels: Tensor | None,
+        guidance_scale: Tensor | None,
+        classifier: Classifier | None,
     ) -> None:
         table, network = sampler.table, sampler._network
         timesteps = table.timesteps_tensor(x.device)
         self.noise, self.draws = noise, table.draws.tolist()
         self.graphs = sampler._graphs
         self.packs: Packs = {}
+        self.low_memory, self.model = sampler._low_memory, sampler.model
+        self.fed = len(x) if guidance_scale is None else 2 * len(x)  # samples that the model sees at a time
         indices = torch.arange(len(table), device=x.device).unbind()
         buffers = Buffers(
             x=x,
@@ -431,6 +488,7 @@ class _Run:
             table=table.tensor(x.device),
             timesteps=timesteps,
             class_labels=class_labels,
+            guidance_scale=guidance_scale,
             rows=network.time_rows(timesteps),
             **noise.counter(),
         )
@@ -451,13 +509,18 @@ class _Run:
             sampler.channels_last,
             len(self.generators),
         )
-        self.captured = self.graphs.take(inputs, bind, self.generators, settings)
+        self.captured = None
+        if classifier is None:
+            self.captured = self.graphs.take(inputs, bind, self.generators, settings)
+        else:
+            self.graphs.refuse("cond_fn may do anything")
         if self.captured is not None:
             self.x, self.x0 = self.captured.buffers.x, self.captured.buffers.x0
             self.step = self._replay
             return
         self.x, self.x0 = buffers.x, buffers.x0
-        self.step = self._launching(network.bind(buffers, sampler.clip), indices, timesteps)
+        step = network.bind(buffers, sampler.clip, classifier)
+        self.step = self._launching(step, indices, timesteps)
 
     def _launching(self, step: Step, indices: Sequence[Tensor], timesteps: Tensor) -> Callable[[int], None]:
         """Indices and times as views that are made once: cheaper than an increment and a look-up a step."""
@@ -484,8 +547,16 @@ class _Run:
         """x, which no later run writes to."""
         return self.x if self.captured is None else self.x.clone()
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """As many threads as a step keeps busy, and weights laid out for the processor."""
+        fed = self.x if self.fed == len(self.x) else self.x[:1].expand(self.fed, *self.x.shape[1:])
+        with worthwhile(self.model, fed), packing(self.packs, self.low_memory):
+            yield
+
     def close(self) -> None:
         """Let another run have the captured step."""
+        self.graphs.packed(packed_bytes(self.packs))
         if self.captured is not None:
             self.graphs.give_back(self.captured)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .convolution import Packs, packing
+from .convolution import Packs, packed_bytes, packing
 from .cuda_graph import CapturedStep, Graphs
 from .engine import Buffers, Network, advancing, evaluating
 from .schedule import check_int
@@ -65,6 +65,7 @@ class Stream:
         shape: tuple[int, ...],
         batch_size: int,
         device: torch.device,
+        low_memory: bool,
     ) -> None:
         self.network, self.graphs, self.table_of, self.default = network, graphs, table_of, table
         self.clip = math.inf if clip is None else clip
@@ -73,6 +74,7 @@ class Stream:
         self.places: list[_Place | None] = [None] * batch_size
         self.advance: Callable[[], None] | None = None
         self.packs: Packs = {}
+        self.low_memory = low_memory
         self.bound = 0  # how many samples `advance` moves on
         self.captured: CapturedStep | None = None
 
@@ -106,13 +108,14 @@ class Stream:
                     images = self._next_images()
                 yield from images
         finally:
+            self.graphs.packed(packed_bytes(self.packs))
             self._release()
 
     @contextmanager
     def _running(self) -> Iterator[None]:
         model = self.network.model
-        threads = worthwhile(model, self.buffers.x)
-        with torch.inference_mode(False), evaluating(model), packing(self.packs), threads:
+        threads, packs = worthwhile(model, self.buffers.x), packing(self.packs, self.low_memory)
+        with torch.inference_mode(False), evaluating(model), packs, threads:
             yield  # out of the caller's inference mode, since the buffers outlive it
 
     def _next_images(self) -> list[tuple[Request, Tensor]]:

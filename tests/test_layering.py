@@ -17,7 +17,7 @@ ORDER = (
     {"convolution"},
     {"fusion"},
     {"unet", "losses", "noise", "steps"},
-    {"replay", "threads"},
+    {"guidance", "replay", "threads"},
     {"engine"},
     {"cuda_graph"},
     {"stream"},
