@@ -234,8 +234,8 @@ class Stats:
         replays: steps that replayed one.
         first_call_seconds: of the first call, until it returned: kernels compiled, libraries set up, capture.
         eager_because: why the last run launched every kernel from the host; None if it replayed a graph.
-        packed_bytes: of the weights as the last run laid them out for the CPU, beside the model's own. Those of
-            our convolution are kept for the next run, oneDNN's are not: see `Sampler`'s ``low_memory``.
+        packed_bytes: of the weights as the last run laid them out for the CPU, beside the model's own. Our
+            convolution's are kept for the next run, oneDNN's are not: see `Sampler`'s ``low_memory``.
     """
 
     captures: int = 0

@@ -106,6 +106,7 @@ class Network:
         channels_last: whether a 4-d x is laid out so.
         compile: False, True or "max-autotune": whether it is called through ``torch.compile``, whole.
         replay: whether our U-Net's ops are recorded and replayed on the CPU (see `replay`).
+        low_memory: whether our U-Net's weights are laid out for oneDNN only (see `convolution.packing`).
     """
 
     model: Model
@@ -113,6 +114,7 @@ class Network:
     channels_last: bool
     compile: bool | str = False
     replay: bool = True
+    low_memory: bool = False
 
     @cached_property
     def _compiled(self) -> dict[str, Callable[..., Tensor]]:

@@ -1,4 +1,4 @@
-"""What a run is drawn towards: class labels, more of them than the model gives, or a classifier's gradient."""
+"""What a run is drawn towards: its class labels, further than the model goes, or a classifier's gradient."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def as_labels(
 def as_pair(
     model: Any, labels: Tensor | None, scale: float | Tensor | None, null_label: int | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Labels and scale of a run: (2B, ...), each image's own and then nobody's, and (B,); or as they are, None.
+    """Labels (2B, ...), each image's own and then those of no class, and the scale (B,) float32.
 
-    A scale of 1 is the model's own prediction, which needs no second half.
+    The labels as they are, and None, without a scale or with 1, which is the model's own prediction.
     """
     if scale is None:
         if null_label is not None:
@@ -118,7 +118,7 @@ def _as_null(null_label: int | Tensor | None, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A classifier's gradient in a run's steps (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithms 1 and 2).
+    """A classifier's gradient in each step (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithms 1 and 2).
 
     Attributes:
         cond_fn: ``cond_fn(x, t) -> gradient`` of ``log p(y | x)``, scaled as one likes; like x.
@@ -136,9 +136,7 @@ class Classifier:
     def of(
         cls, cond_fn: Any, table: StepTable, schedule: Schedule | None, device: torch.device
     ) -> Classifier:
-        """Raises TypeError, ValueError: not callable; a table that is neither DDPM's nor DDIM's, or DDIM's of an
-        unknown schedule.
-        """
+        """Raises TypeError, ValueError: not callable; a table that is not DDPM's or a schedule's DDIM."""
         if not callable(cond_fn):
             raise TypeError(f"cond_fn must be callable as cond_fn(x, t), got {type(cond_fn).__name__}")
 
@@ -154,9 +152,7 @@ class Classifier:
             raise ValueError("cond_fn with ddim needs a Schedule: a StepTable does not say its noise levels")
         ab = schedule.alphas_cumprod[table.timesteps]
         if not ab.all():
-            raise ValueError(
-                f"cond_fn with ddim needs alphas_cumprod > 0, not so at t = {table.timesteps[0]}"
-            )
+            raise ValueError(f"cond_fn with ddim: alphas_cumprod is 0 at t = {table.timesteps[ab == 0][0]}")
         # epsilon - sqrt(1 - ab) g is x0 + (1 - ab) / sqrt(ab) g, whatever the network predicts.
         return cls(cond_fn, tensor((1 - ab) / np.sqrt(ab) / table.column("x0_from_out")), None, None)
 
@@ -166,9 +162,7 @@ class Classifier:
             given = type(gradient).__name__
             if isinstance(gradient, Tensor):
                 given = f"{tuple(gradient.shape)} {gradient.dtype}"
-            raise ValueError(
-                f"cond_fn must return a floating Tensor of x's shape {tuple(x.shape)}, got {given}"
-            )
+            raise ValueError(f"cond_fn must return a floating {tuple(x.shape)}, like x; got {given}")
         return gradient.detach().to(x.dtype)
 
     def before(self, out: Tensor, gradient: Tensor, i: Tensor) -> Tensor:

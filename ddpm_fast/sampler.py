@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +13,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops, steps
-from .convolution import Packs, can_pack, packed_bytes, packing
+from .convolution import can_pack
 from .cuda_graph import Graphs, Stats
-from .engine import Buffers, Model, Network, Step, advancing, evaluating
+from .engine import Model, Network, evaluating
 from .guidance import Classifier, CondFn, as_labels, as_pair
 from .noise import CounterNoise, Noise, TorchNoise
+from .run import Run
 from .schedule import Schedule, check_int
 from .steps import StepTable
 from .stream import Request, Stream
-from .threads import worthwhile
 from .unet import UNet
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
@@ -164,7 +162,6 @@ class Sampler:
         }
         self.table, self._table_of = _tables(schedule, options)
         self._schedule = schedule if isinstance(schedule, Schedule) else None
-        self._low_memory = low_memory
         self.clip = _as_clip(clip)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         halves = (torch.bfloat16, torch.float16)
@@ -186,7 +183,7 @@ class Sampler:
                 dtype = parameter.dtype
         self.dtype = dtype
         self.model = model
-        self._network = Network(model, dtype, self.channels_last, compile, graph is not False)
+        self._network = Network(model, dtype, self.channels_last, compile, graph is not False, low_memory)
         self._graphs = Graphs(model, graph)
 
     @property
@@ -243,11 +240,12 @@ class Sampler:
                 image has a seed and an index of its own, or a `noise.TorchNoise`.
             class_labels: what a class-conditional model is told of each image: (B,) int64 for our U-Net; for
                 another model any tensor of B entries. Labels that differ replay the same captured step.
-            guidance_scale: guidance without a classifier (Ho & Salimans 2022, arXiv 2207.12598, whose w is one
-                less): the step sees ``uncond + guidance_scale (cond - uncond)``, from one call of the model on
-                both; a number, or (B,) floating. 1 is the model's own prediction, without a second half.
-            null_label: with it, what the model is told where there is no class: an int, or a tensor like one of
-                ``class_labels`` or like all of them.
+            guidance_scale: guidance without a classifier (Ho & Salimans 2022, arXiv 2207.12598; their w is
+                one less): a step sees ``uncond + guidance_scale (cond - uncond)``, of one call of the model
+                with both. A number, or (B,) floating; 1 is the model's own prediction, of half a call. A
+                scale that differs replays the same captured step.
+            null_label: with it, what the model is told where there is no class: an int, or a tensor like one
+                of ``class_labels`` or like all of them.
             cond_fn: guidance by a classifier (Dhariwal & Nichol 2021, algorithms 1 and 2), for ddpm and ddim:
                 ``cond_fn(x, t)`` returns the gradient of ``log p(y | x)``, like x, (B,) int64 t; it is called
                 without gradients enabled. ddpm's mean moves by the variance times that, ddim's epsilon by
@@ -391,7 +389,6 @@ class Sampler:
             shape,
             batch_size,
             device,
-            self._low_memory,
         )
         return stream.serve(iter(requests))
 
@@ -409,7 +406,7 @@ class Sampler:
         guidance_scale=None,
         null_label=None,
         cond_fn=None,
-    ) -> _Run:
+    ) -> Run:
         """The checked arguments of a call as a run that stands before its first step; for `evaluating`."""
         several = isinstance(generator, Sequence)
         for one in generator if several else (generator,):
@@ -439,7 +436,18 @@ class Sampler:
             x = source.x_T(shape, device)
         else:
             x = x_T.detach().to(device, torch.float32, copy=True).contiguous()
-        return _Run(self, x, source, stores_x0, labels, scale, classifier)
+        return Run(
+            self.table,
+            self.clip,
+            self._network,
+            self._graphs,
+            x,
+            source,
+            stores_x0,
+            labels,
+            scale,
+            classifier,
+        )
 
     def _shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         """Of one sample: as given, else as x_T's, else the model's own."""
@@ -458,107 +466,6 @@ class Sampler:
         if len(shape) < 1:
             raise ValueError("shape must have at least one dimension besides the batch, got ()")
         return shape
-
-
-class _Run:
-    """A run under way: what every step reads and writes, and how it is launched."""
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        x: Tensor,
-        noise: Noise,
-        stores_x0: bool,
-        class_labels: Tensor | None,
-        guidance_scale: Tensor | None,
-        classifier: Classifier | None,
-    ) -> None:
-        table, network = sampler.table, sampler._network
-        timesteps = table.timesteps_tensor(x.device)
-        self.noise, self.draws = noise, table.draws.tolist()
-        self.graphs = sampler._graphs
-        self.packs: Packs = {}
-        self.low_memory, self.model = sampler._low_memory, sampler.model
-        self.fed = len(x) if guidance_scale is None else 2 * len(x)  # samples that the model sees at a time
-        indices = torch.arange(len(table), device=x.device).unbind()
-        buffers = Buffers(
-            x=x,
-            x0=torch.empty_like(x) if stores_x0 or table.uses_x0_prev else None,
-            i=indices[0],
-            table=table.tensor(x.device),
-            timesteps=timesteps,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            rows=network.time_rows(timesteps),
-            **noise.counter(),
-        )
-        drawing = isinstance(noise, TorchNoise) and any(self.draws)
-        self.generators = noise.generators() if drawing and noise.draws_on(x.device) else ()
-        self.noise_is_given = drawing and not self.generators
-
-        def bind(buffers: Buffers, own: Sequence[torch.Generator]) -> Callable[[], None]:
-            drawn = noise.of(own) if own else None
-            step = network.bind(buffers, sampler.clip)
-            return advancing(step, buffers, lambda: drawn.draw(buffers.x) if own else buffers.noise)
-
-        inputs = replace(buffers, noise=torch.zeros_like(x)) if self.noise_is_given else buffers
-        settings = (
-            sampler.clip,
-            sampler._network.compile,
-            sampler.dtype,
-            sampler.channels_last,
-            len(self.generators),
-        )
-        self.captured = None
-        if classifier is None:
-            self.captured = self.graphs.take(inputs, bind, self.generators, settings)
-        else:
-            self.graphs.refuse("cond_fn may do anything")
-        if self.captured is not None:
-            self.x, self.x0 = self.captured.buffers.x, self.captured.buffers.x0
-            self.step = self._replay
-            return
-        self.x, self.x0 = buffers.x, buffers.x0
-        step = network.bind(buffers, sampler.clip, classifier)
-        self.step = self._launching(step, indices, timesteps)
-
-    def _launching(self, step: Step, indices: Sequence[Tensor], timesteps: Tensor) -> Callable[[int], None]:
-        """Indices and times as views that are made once: cheaper than an increment and a look-up a step."""
-        x, draw, draws = self.x, self.noise.draw, self.draws
-        times = timesteps[:, None].expand(-1, len(x)).unbind()
-
-        def launch(i: int) -> None:
-            step(indices[i], times[i], draw(x) if draws[i] else None)
-
-        return launch
-
-    def _replay(self, i: int) -> None:
-        """The noise of torch's generators is drawn at just the steps at which diffusers draws."""
-        if self.noise_is_given and self.draws[i]:
-            self.captured.buffers.noise.copy_(self.noise.draw(self.x))
-        for own, given in zip(self.captured.generators, self.generators, strict=True):
-            own.set_state(given.get_state())
-        self.graphs.replay(self.captured)
-        if self.draws[i]:
-            for own, given in zip(self.captured.generators, self.generators, strict=True):
-                given.set_state(own.get_state())
-
-    def result(self) -> Tensor:
-        """x, which no later run writes to."""
-        return self.x if self.captured is None else self.x.clone()
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """As many threads as a step keeps busy, and weights laid out for the processor."""
-        fed = self.x if self.fed == len(self.x) else self.x[:1].expand(self.fed, *self.x.shape[1:])
-        with worthwhile(self.model, fed), packing(self.packs, self.low_memory):
-            yield
-
-    def close(self) -> None:
-        """Let another run have the captured step."""
-        self.graphs.packed(packed_bytes(self.packs))
-        if self.captured is not None:
-            self.graphs.give_back(self.captured)
 
 
 def _tables(

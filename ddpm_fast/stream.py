@@ -65,7 +65,6 @@ class Stream:
         shape: tuple[int, ...],
         batch_size: int,
         device: torch.device,
-        low_memory: bool,
     ) -> None:
         self.network, self.graphs, self.table_of, self.default = network, graphs, table_of, table
         self.clip = math.inf if clip is None else clip
@@ -74,7 +73,6 @@ class Stream:
         self.places: list[_Place | None] = [None] * batch_size
         self.advance: Callable[[], None] | None = None
         self.packs: Packs = {}
-        self.low_memory = low_memory
         self.bound = 0  # how many samples `advance` moves on
         self.captured: CapturedStep | None = None
 
@@ -114,7 +112,7 @@ class Stream:
     @contextmanager
     def _running(self) -> Iterator[None]:
         model = self.network.model
-        threads, packs = worthwhile(model, self.buffers.x), packing(self.packs, self.low_memory)
+        threads, packs = worthwhile(model, self.buffers.x), packing(self.packs, self.network.low_memory)
         with torch.inference_mode(False), evaluating(model), packs, threads:
             yield  # out of the caller's inference mode, since the buffers outlive it
 

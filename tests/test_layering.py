@@ -20,7 +20,7 @@ ORDER = (
     {"guidance", "replay", "threads"},
     {"engine"},
     {"cuda_graph"},
-    {"stream"},
+    {"run", "stream"},
     {"sampler"},
     {"files"},
     {"checkpoint", "generate", "info", "pictures"},
