@@ -31,6 +31,7 @@ class Kept(NamedTuple):
 Packs = dict[nn.Module, Packed]
 
 _PACKS: ContextVar[Packs | None] = ContextVar("packs", default=None)
+_LOW_MEMORY: ContextVar[bool] = ContextVar("low_memory", default=False)
 
 _KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 """Our own packed weights outlive a run: to make them again takes longer, most of it for fresh memory, than
@@ -38,17 +39,26 @@ the first steps of the next run save by them. A run that finds one here looks at
 
 
 @contextmanager
-def packing(packs: Packs) -> Iterator[None]:
+def packing(packs: Packs, low_memory: bool = False) -> Iterator[None]:
     """Within, each `Conv2d` keeps its laid-out weight in ``packs``: for one run, whose weights do not change.
 
     oneDNN's copies are as large as the weights, and gone with ``packs``. Ours are up to four times as large;
-    they are kept as long as their module, for the next run that finds the weight as it was.
+    they are kept as long as their module, for the next run that finds the weight as it was. With
+    ``low_memory`` there are none.
     """
-    token = _PACKS.set(packs)
+    token, low = _PACKS.set(packs), _LOW_MEMORY.set(low_memory)
     try:
         yield
     finally:
+        _LOW_MEMORY.reset(low)
         _PACKS.reset(token)
+
+
+def packed_bytes(packs: Packs) -> int:
+    """What the weights that a run has laid out take, beside those of the model."""
+    weights = (packed.weight for packed in packs.values())
+    tensors = (weight if isinstance(weight, Tensor) else weight.weight for weight in weights)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @cache
@@ -142,6 +152,8 @@ class Conv2d(nn.Conv2d):
     def _algorithm(self, x: Tensor) -> str | None:
         """Which of our own kernels, None for oneDNN's."""
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
+        if _LOW_MEMORY.get():
+            return None
         if window != ((3, 3), (1, 1), (1, 1), (1, 1)) or choose("conv3x3", None, x) != "native":
             return None
         batch, _, height, width = x.shape

@@ -234,12 +234,15 @@ class Stats:
         replays: steps that replayed one.
         first_call_seconds: of the first call, until it returned: kernels compiled, libraries set up, capture.
         eager_because: why the last run launched every kernel from the host; None if it replayed a graph.
+        packed_bytes: of the weights as the last run laid them out for the CPU, beside the model's own. Our
+            convolution's are kept for the next run, oneDNN's are not: see `Sampler`'s ``low_memory``.
     """
 
     captures: int = 0
     replays: int = 0
     first_call_seconds: float | None = None
     eager_because: str | None = "nothing has run yet"
+    packed_bytes: int = 0
 
 
 class Graphs:
@@ -279,12 +282,27 @@ class Graphs:
             captured.buffers.load(inputs)
         return captured
 
+    def refuse(self, because: str) -> None:
+        """Of a run that is eager for a reason of its own.
+
+        Raises:
+            ValueError: graph is True.
+        """
+        if self.graph is True:
+            raise ValueError(f"graph=True, but a step cannot be captured: {because}")
+        self.stats = replace(self.stats, eager_because=because)
+
     def give_back(self, captured: CapturedStep) -> None:
         CAPTURED.put(captured)
 
     def replay(self, captured: CapturedStep) -> None:
         captured.graph.replay()
         self.stats = replace(self.stats, replays=self.stats.replays + 1)
+
+    def packed(self, count: int) -> None:
+        """The bytes of a run's packed weights."""
+        if self.stats.packed_bytes != count:
+            self.stats = replace(self.stats, packed_bytes=count)
 
     def took(self, seconds: float) -> None:
         """A call's time, of which the first is kept."""

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .guidance import Classifier, combine
+from .replay import Replayed
 from .unet import TimeRows, UNet
 
 Model = Callable[..., Tensor]
@@ -36,7 +38,9 @@ class Buffers:
         step: (B,) int64, where the counter noise's step is not ``i``, and the kernel cannot draw it.
         clip: (B,) float32, each sample's bound of x0, where they differ.
         noise: like x, where it is drawn on the host.
-        class_labels: (B, ...), what the model is told of each sample besides its time.
+        class_labels: (B, ...), what the model is told of each sample besides its time; or (2B, ...), and then
+            what it is told where there is no class, with
+        guidance_scale: (B,) float32: how far from the one to the other, see `guidance.combine`.
         rows: the time rows of the timesteps, where the model is our U-Net.
     """
 
@@ -51,6 +55,7 @@ class Buffers:
     clip: Tensor | None = None
     noise: Tensor | None = None
     class_labels: Tensor | None = None
+    guidance_scale: Tensor | None = None
     rows: TimeRows | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -100,12 +105,16 @@ class Network:
         dtype: what x is converted to; None to leave it float32.
         channels_last: whether a 4-d x is laid out so.
         compile: False, True or "max-autotune": whether it is called through ``torch.compile``, whole.
+        replay: whether our U-Net's ops are recorded and replayed on the CPU (see `replay`).
+        low_memory: whether our U-Net's weights are laid out for oneDNN only (see `convolution.packing`).
     """
 
     model: Model
     dtype: torch.dtype | None
     channels_last: bool
     compile: bool | str = False
+    replay: bool = True
+    low_memory: bool = False
 
     @cached_property
     def _compiled(self) -> dict[str, Callable[..., Tensor]]:
@@ -137,7 +146,17 @@ class Network:
             return None
         return model.time_rows(timesteps)
 
-    def bind(self, buffers: Buffers, clip: float | None) -> Step:
+    def _repeats_itself(self) -> bool:
+        """Whether each call is known to run the same ops: our own U-Net, of nothing but its own parts."""
+        if not isinstance(self.model, UNet) or not self.model.is_plain():
+            return False
+        own = (torch.nn.__name__ + ".", __package__ + ".")
+        return all(
+            type(part).__module__.startswith(own) and "forward" not in vars(part)
+            for part in self.model.modules()
+        )
+
+    def bind(self, buffers: Buffers, clip: float | None, classifier: Classifier | None = None) -> Step:
         """The step on these buffers. It raises TypeError or ValueError for an ``out`` that does not fit."""
         x, rows = buffers.x, buffers.rows
         model, forward_rows = self.model, getattr(self.model, "forward_rows", None)
@@ -158,19 +177,37 @@ class Network:
 
         calling = self._calling()
         labels = () if buffers.class_labels is None else (buffers.class_labels,)
+        scale = buffers.guidance_scale
 
-        def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
+        def predict(i_or_t: Tensor) -> Tensor:
             given = x if as_it_is else x.to(**options)
             with calling:
-                out = model(given, t, *labels) if rows is None else forward_rows(given, rows, i)
+                if scale is not None:
+                    out = model(torch.cat([given, given]), torch.cat([i_or_t, i_or_t]), *labels)
+                elif rows is None:
+                    out = model(given, i_or_t, *labels)
+                else:
+                    out = forward_rows(given, rows, i_or_t)
             if not isinstance(out, Tensor):
                 raise TypeError(
                     f"model must return a Tensor, got {type(out).__name__}; wrap it, as in "
                     "lambda x, t: model(x, t).sample"
                 )
-            move(out, i, noise)
+            return out if scale is None else combine(out, scale, x.shape[1])
 
-        return step
+        if self.replay and not self.compile and x.device.type == "cpu" and self._repeats_itself():
+            predict = Replayed(predict)
+
+        def step(i: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
+            move(predict(t if rows is None else i), i, noise)
+
+        def guided_step(i: Tensor, t: Tensor, noise: Tensor | None) -> None:
+            out, gradient = predict(t if rows is None else i), classifier.gradient(x, t)
+            out = classifier.before(out, gradient, i)
+            move(out, i, noise)
+            classifier.after(x, out, gradient, i)
+
+        return step if classifier is None else guided_step
 
 
 def advancing(step: Step, buffers: Buffers, draw: Callable[[], Tensor | None]) -> Callable[[], None]:

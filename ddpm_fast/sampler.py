@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +13,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops, steps
-from .convolution import Packs, can_pack, packing
+from .convolution import can_pack
 from .cuda_graph import Graphs, Stats
-from .engine import Buffers, Model, Network, Step, advancing, evaluating
+from .engine import Model, Network, evaluating
+from .guidance import Classifier, CondFn, as_labels, as_pair
 from .noise import CounterNoise, Noise, TorchNoise
+from .run import Run
 from .schedule import Schedule, check_int
 from .steps import StepTable
 from .stream import Request, Stream
-from .threads import worthwhile
 from .unet import UNet
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
@@ -92,7 +92,9 @@ class Sampler:
             with a warning. True: of any model, and one that cannot be captured is an error. False: never.
             Where there is no memory for the capture, a run goes on without it, with a warning; under autocast
             none is made. A replay repeats kernels: what the model decides in Python is frozen at the capture
-            (see `cuda_graph.version`), while weights that change in place are seen.
+            (see `cuda_graph.version`), while weights that change in place are seen. On the CPU the ops of our
+            U-Net are recorded in each run's second step and replayed without its Python (see `replay`), if
+            nothing of it is replaced or hooked; not with False.
         channels_last: feed the model 4-d inputs in that layout; a module is copied and its weights converted
             too. "auto": on CUDA where ``dtype`` is a half, so that the copy is made anyway; on the CPU for
             our U-Net, which is not copied: it lays out its weights itself, once a run (`convolution`).
@@ -100,6 +102,8 @@ class Sampler:
             also tries out kernels. A first call takes some seconds to a minute, a second batch size once
             more; torch keeps what it compiled between processes. On the CPU the module is copied and its
             weights are frozen.
+        low_memory: on the CPU leave out our own convolution, whose packed weights take up to four times the
+            memory of the weights; `stats` says how much they took.
 
     Attributes:
         table: the `StepTable` of a run.
@@ -131,11 +135,14 @@ class Sampler:
         graph: bool | str = "auto",
         channels_last: bool | str = "auto",
         compile: bool | str = False,
+        low_memory: bool = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
         if compile is not True and compile is not False and compile != "max-autotune":
             raise ValueError(f"compile must be False, True or 'max-autotune', got {compile!r}")
+        if not isinstance(low_memory, bool):
+            raise TypeError(f"low_memory must be True or False, got {low_memory!r}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
         for name, value in (("graph", graph), ("channels_last", channels_last)):
@@ -154,6 +161,7 @@ class Sampler:
             "order": order,
         }
         self.table, self._table_of = _tables(schedule, options)
+        self._schedule = schedule if isinstance(schedule, Schedule) else None
         self.clip = _as_clip(clip)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         halves = (torch.bfloat16, torch.float16)
@@ -175,7 +183,7 @@ class Sampler:
                 dtype = parameter.dtype
         self.dtype = dtype
         self.model = model
-        self._network = Network(model, dtype, self.channels_last, compile)
+        self._network = Network(model, dtype, self.channels_last, compile, graph is not False, low_memory)
         self._graphs = Graphs(model, graph)
 
     @property
@@ -195,6 +203,7 @@ class Sampler:
             raise TypeError(f"table must be a StepTable, got {type(table).__name__}")
         other = copy.copy(self)
         other.table, other._table_of = _tables(table, {})
+        other._schedule = None
         other.clip = _as_clip(clip)
         return other
 
@@ -209,6 +218,9 @@ class Sampler:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: str | Noise = "counter",
         class_labels: Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
+        null_label: int | Tensor | None = None,
+        cond_fn: CondFn | None = None,
         progress: bool | Progress = False,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -228,6 +240,16 @@ class Sampler:
                 image has a seed and an index of its own, or a `noise.TorchNoise`.
             class_labels: what a class-conditional model is told of each image: (B,) int64 for our U-Net; for
                 another model any tensor of B entries. Labels that differ replay the same captured step.
+            guidance_scale: guidance without a classifier (Ho & Salimans 2022, arXiv 2207.12598; their w is
+                one less): a step sees ``uncond + guidance_scale (cond - uncond)``, of one call of the model
+                with both. A number, or (B,) floating; 1 is the model's own prediction, of half a call. A
+                scale that differs replays the same captured step.
+            null_label: with it, what the model is told where there is no class: an int, or a tensor like one
+                of ``class_labels`` or like all of them.
+            cond_fn: guidance by a classifier (Dhariwal & Nichol 2021, algorithms 1 and 2), for ddpm and ddim:
+                ``cond_fn(x, t)`` returns the gradient of ``log p(y | x)``, like x, (B,) int64 t; it is called
+                without gradients enabled. ddpm's mean moves by the variance times that, ddim's epsilon by
+                ``-sqrt(1 - ab)`` times that. No step is captured then.
             progress: show a bar on stderr; or a function that shows one, as ``tqdm.tqdm``, given the steps.
             callback: called as ``callback(i, t, x, x0)`` after each step with the step, its time and the live
                 tensors; it may change x in place.
@@ -243,7 +265,18 @@ class Sampler:
         stores_x0 = callback is not None
         with evaluating(self.model):
             run = self._start(
-                batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0, class_labels
+                batch_size,
+                shape,
+                seed,
+                first_image,
+                x_T,
+                generator,
+                noise,
+                stores_x0,
+                class_labels,
+                guidance_scale,
+                null_label,
+                cond_fn,
             )
             try:
                 count: Iterable[int] = range(len(self.table))
@@ -251,7 +284,7 @@ class Sampler:
                     count = tqdm(count, desc=self.table.method, unit="step")
                 elif progress:
                     count = progress(count)
-                with worthwhile(self.model, run.x), packing(run.packs):
+                with run.computing():
                     for i in count:
                         run.step(i)
                         if callback is not None:
@@ -274,6 +307,9 @@ class Sampler:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: str | Noise = "counter",
         class_labels: Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
+        null_label: int | Tensor | None = None,
+        cond_fn: CondFn | None = None,
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yield ``(i, t, x, x0)`` after every ``every``-th step and the last; the tensors are copies.
 
@@ -285,13 +321,26 @@ class Sampler:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an int of at least 1, got {every!r}")
         with evaluating(self.model):
-            run = self._start(batch_size, shape, seed, first_image, x_T, generator, noise, True, class_labels)
+            run = self._start(
+                batch_size,
+                shape,
+                seed,
+                first_image,
+                x_T,
+                generator,
+                noise,
+                True,
+                class_labels,
+                guidance_scale,
+                null_label,
+                cond_fn,
+            )
 
         def walk() -> Iterator[tuple[int, int, Tensor, Tensor]]:
             last = len(self.table) - 1
             try:
                 for i in range(last + 1):
-                    with evaluating(self.model), worthwhile(self.model, run.x), packing(run.packs):
+                    with evaluating(self.model), run.computing():
                         run.step(i)
                     if (i + 1) % every == 0 or i == last:
                         yield i, int(self.table.timesteps[i]), run.x.clone(), run.x0.clone()
@@ -332,13 +381,32 @@ class Sampler:
         device = _device(self.model, None)
         _check_device(device, self.dtype, self._graphs.graph)
         stream = Stream(
-            self._network, self._graphs, self._table_of, self.table, self.clip, shape, batch_size, device
+            self._network,
+            self._graphs,
+            self._table_of,
+            self.table,
+            self.clip,
+            shape,
+            batch_size,
+            device,
         )
         return stream.serve(iter(requests))
 
     def _start(
-        self, batch_size, shape, seed, first_image, x_T, generator, noise, stores_x0, class_labels=None
-    ) -> _Run:
+        self,
+        batch_size,
+        shape,
+        seed,
+        first_image,
+        x_T,
+        generator,
+        noise,
+        stores_x0,
+        class_labels=None,
+        guidance_scale=None,
+        null_label=None,
+        cond_fn=None,
+    ) -> Run:
         """The checked arguments of a call as a run that stands before its first step; for `evaluating`."""
         several = isinstance(generator, Sequence)
         for one in generator if several else (generator,):
@@ -359,37 +427,27 @@ class Sampler:
         _check_device(device, self.dtype, self._graphs.graph)
 
         source = _noise(noise, generator, seed, first_image, self.dtype, batch_size, device)
-        class_labels = self._labels(class_labels, batch_size, device)
+        labels = as_labels(self.model, class_labels, batch_size, device)
+        labels, scale = as_pair(self.model, labels, guidance_scale, null_label)
+        classifier = None
+        if cond_fn is not None:
+            classifier = Classifier.of(cond_fn, self.table, self._schedule, device)
         if x_T is None:
             x = source.x_T(shape, device)
         else:
             x = x_T.detach().to(device, torch.float32, copy=True).contiguous()
-        return _Run(self, x, source, stores_x0, class_labels)
-
-    def _labels(self, class_labels: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
-        """The labels on the device; for our U-Net, of the classes that it has."""
-        classes = self.model.config.num_class_embeds if isinstance(self.model, UNet) else None
-        if class_labels is None:
-            if classes is not None:
-                raise ValueError(f"the model needs class_labels, in [0, {classes - 1}]")
-            return None
-        if isinstance(self.model, UNet) and classes is None:
-            raise ValueError("the model has no classes and takes no class_labels")
-        if not isinstance(class_labels, Tensor) or (
-            classes is not None and class_labels.dtype != torch.int64
-        ):
-            given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
-            raise TypeError(f"class_labels must be an int64 Tensor, got {given}")
-        shape = tuple(class_labels.shape)
-        if shape[:1] != (batch_size,) or (classes is not None and len(shape) > 1):
-            raise ValueError(f"class_labels must have shape ({batch_size},), one an image, got {shape}")
-        if classes is not None:
-            low, high = (int(label) for label in class_labels.aminmax())
-            if low < 0 or high >= classes:
-                raise ValueError(
-                    f"class_labels must be in [0, {classes - 1}], got {low if low < 0 else high}"
-                )
-        return class_labels.detach().to(device, copy=True).contiguous()
+        return Run(
+            self.table,
+            self.clip,
+            self._network,
+            self._graphs,
+            x,
+            source,
+            stores_x0,
+            labels,
+            scale,
+            classifier,
+        )
 
     def _shape(self, shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
         """Of one sample: as given, else as x_T's, else the model's own."""
@@ -408,84 +466,6 @@ class Sampler:
         if len(shape) < 1:
             raise ValueError("shape must have at least one dimension besides the batch, got ()")
         return shape
-
-
-class _Run:
-    """A run under way: what every step reads and writes, and how it is launched."""
-
-    def __init__(
-        self, sampler: Sampler, x: Tensor, noise: Noise, stores_x0: bool, class_labels: Tensor | None
-    ) -> None:
-        table, network = sampler.table, sampler._network
-        timesteps = table.timesteps_tensor(x.device)
-        self.noise, self.draws = noise, table.draws.tolist()
-        self.graphs = sampler._graphs
-        self.packs: Packs = {}
-        indices = torch.arange(len(table), device=x.device).unbind()
-        buffers = Buffers(
-            x=x,
-            x0=torch.empty_like(x) if stores_x0 or table.uses_x0_prev else None,
-            i=indices[0],
-            table=table.tensor(x.device),
-            timesteps=timesteps,
-            class_labels=class_labels,
-            rows=network.time_rows(timesteps),
-            **noise.counter(),
-        )
-        drawing = isinstance(noise, TorchNoise) and any(self.draws)
-        self.generators = noise.generators() if drawing and noise.draws_on(x.device) else ()
-        self.noise_is_given = drawing and not self.generators
-
-        def bind(buffers: Buffers, own: Sequence[torch.Generator]) -> Callable[[], None]:
-            drawn = noise.of(own) if own else None
-            step = network.bind(buffers, sampler.clip)
-            return advancing(step, buffers, lambda: drawn.draw(buffers.x) if own else buffers.noise)
-
-        inputs = replace(buffers, noise=torch.zeros_like(x)) if self.noise_is_given else buffers
-        settings = (
-            sampler.clip,
-            sampler._network.compile,
-            sampler.dtype,
-            sampler.channels_last,
-            len(self.generators),
-        )
-        self.captured = self.graphs.take(inputs, bind, self.generators, settings)
-        if self.captured is not None:
-            self.x, self.x0 = self.captured.buffers.x, self.captured.buffers.x0
-            self.step = self._replay
-            return
-        self.x, self.x0 = buffers.x, buffers.x0
-        self.step = self._launching(network.bind(buffers, sampler.clip), indices, timesteps)
-
-    def _launching(self, step: Step, indices: Sequence[Tensor], timesteps: Tensor) -> Callable[[int], None]:
-        """Indices and times as views that are made once: cheaper than an increment and a look-up a step."""
-        x, draw, draws = self.x, self.noise.draw, self.draws
-        times = timesteps[:, None].expand(-1, len(x)).unbind()
-
-        def launch(i: int) -> None:
-            step(indices[i], times[i], draw(x) if draws[i] else None)
-
-        return launch
-
-    def _replay(self, i: int) -> None:
-        """The noise of torch's generators is drawn at just the steps at which diffusers draws."""
-        if self.noise_is_given and self.draws[i]:
-            self.captured.buffers.noise.copy_(self.noise.draw(self.x))
-        for own, given in zip(self.captured.generators, self.generators, strict=True):
-            own.set_state(given.get_state())
-        self.graphs.replay(self.captured)
-        if self.draws[i]:
-            for own, given in zip(self.captured.generators, self.generators, strict=True):
-                given.set_state(own.get_state())
-
-    def result(self) -> Tensor:
-        """x, which no later run writes to."""
-        return self.x if self.captured is None else self.x.clone()
-
-    def close(self) -> None:
-        """Let another run have the captured step."""
-        if self.captured is not None:
-            self.graphs.give_back(self.captured)
 
 
 def _tables(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .convolution import Packs, packing
+from .convolution import Packs, packed_bytes, packing
 from .cuda_graph import CapturedStep, Graphs
 from .engine import Buffers, Network, advancing, evaluating
 from .schedule import check_int
@@ -106,13 +106,14 @@ class Stream:
                     images = self._next_images()
                 yield from images
         finally:
+            self.graphs.packed(packed_bytes(self.packs))
             self._release()
 
     @contextmanager
     def _running(self) -> Iterator[None]:
         model = self.network.model
-        threads = worthwhile(model, self.buffers.x)
-        with torch.inference_mode(False), evaluating(model), packing(self.packs), threads:
+        threads, packs = worthwhile(model, self.buffers.x), packing(self.packs, self.network.low_memory)
+        with torch.inference_mode(False), evaluating(model), packs, threads:
             yield  # out of the caller's inference mode, since the buffers outlive it
 
     def _next_images(self) -> list[tuple[Request, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from op_cases import check_error_rule
 from torch import nn
 
-from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, ops
+from ddpm_fast import Request, Sampler, Schedule, UNet, UNetConfig, convolution, ops
 from ddpm_fast.convolution import Conv2d, can_pack, fastest_conv3x3, packing
 from ddpm_fast.ops import _dispatch
 
@@ -220,3 +220,41 @@ def test_the_whole_network_against_float64(generator, own):
         pack.weight.algorithm for pack in own.values() if isinstance(pack.weight, ops.PackedConv3x3)
     }
     assert algorithms >= {"f4"}
+
+
+def test_low_memory_leaves_our_own_kernels_out(own):
+    """And the statistics say what the weights of the last run took."""
+    config = UNetConfig((32,), (True,), (False,), sample_size=16, layers_per_block=1)
+    torch.manual_seed(0)
+    model = UNet(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    in_use = {}
+
+    def callback(i, t, x, x0):
+        in_use.update(convolution._PACKS.get())
+
+    def run(**options) -> tuple[torch.Tensor, Sampler, int]:
+        """The images, and how many layers are in our kernels' layout."""
+        in_use.clear()
+        sampler = Sampler(model, Schedule.linear(), num_steps=3, **options)
+        x = sampler(1, seed=2, callback=callback)
+        own = [pack.weight for pack in in_use.values() if isinstance(pack.weight, ops.PackedConv3x3)]
+        onednns = [layer for layer, pack in in_use.items() if isinstance(pack.weight, torch.Tensor)]
+        expected = sum(packed.weight.nbytes for packed in own)
+        assert sampler.stats.packed_bytes == expected + sum(layer.weight.nbytes for layer in onednns) > 0
+        return x, sampler, len(own)
+
+    x, normal, count = run()
+    assert count > 5
+    low, sampler, count = run(low_memory=True)
+    assert count == 0 and sampler.stats.packed_bytes < normal.stats.packed_bytes
+    torch.testing.assert_close(low, x, rtol=0, atol=1e-4)
+    taken = sampler.stats.packed_bytes
+    for _ in sampler.stream([Request()], batch_size=1):
+        pass
+    assert sampler.stats.packed_bytes == taken
+    *_, (_, _, walked, _) = sampler.trajectory(1, seed=2)
+    assert torch.equal(walked, low) and sampler.stats.packed_bytes == taken
+    with pytest.raises(TypeError, match="low_memory must be True or False, got 1"):
+        run(low_memory=1)
