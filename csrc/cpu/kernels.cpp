@@ -6,6 +6,7 @@
 #include "kernels/conv3x3.h"
 #include "kernels/conv3x3_gradient.h"
 #include "kernels/convert.h"
+#include "kernels/dropout.h"
 #include "kernels/fingerprint.h"
 #include "kernels/group_norm_silu.h"
 #include "kernels/group_norm_silu_backward.h"
@@ -85,6 +86,7 @@ const Kernels DDPM_FAST_ISA = {
     axpby<float>,
     axpby<double>,
     normal,
+    dropout,
     posterior_step<float>,
     posterior_step<double>,
     group_norm_nhwc_any,

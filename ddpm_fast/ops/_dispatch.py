@@ -30,6 +30,7 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
     ("group_norm_silu", "native", "cpu"): _HALVES_AND_FLOAT,
     ("counter_normal", "native", "cpu"): frozenset({torch.float32}),
     ("conv3x3", "native", "cpu"): frozenset({torch.float32}),
+    ("dropout", "native", "cpu"): _HALVES_AND_FLOAT,
     ("fingerprint", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("q_sample", "native", "cuda"): _HALVES_AND_FLOAT,
     ("posterior_step", "native", "cuda"): _HALVES_AND_FLOAT,
