@@ -211,9 +211,7 @@ def _fake_weight_gradient(grad, x, weight):
 def _eager_backward(grad, x, weight, mask):
     ones, zeros = [1, 1], [0, 0]
     bias = [len(weight)] if mask[2] else None
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, bias, ones, ones, ones, False, zeros, 1, mask
-    )
+    return torch.ops.aten.convolution_backward(grad, x, weight, bias, ones, ones, ones, False, zeros, 1, mask)
 
 
 def _save_inputs(ctx, inputs, output) -> None:
