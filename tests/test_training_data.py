@@ -155,7 +155,7 @@ def test_a_folder_of_classes(tmp_path, memory, monkeypatch):
     assert labels.tolist() == [(1, 2, 0, 1, 2, 2)[k] for k in kept] and sorted(order) == list(range(6))
     assert found.classes == ("ant", "cat", "dog")
     Image.fromarray(PIXELS[0]).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"0.png is of no class: .* folders of them, one a class"):
+    with pytest.raises(ValueError, match=r"0.png is of no class: .* folders of images, one a class"):
         load(tmp_path, labelled=True)
 
 

@@ -112,7 +112,7 @@ def _classes(path: Path, files: list[Path]) -> tuple[str, ...]:
     for file in files:
         if file.parent == path:
             raise ValueError(
-                f"data: {file} is of no class: a network with classes learns from folders of them, one a class"
+                f"data: {file} is of no class: a network with classes takes folders of images, one a class"
             )
     return tuple(sorted({file.relative_to(path).parts[0] for file in files}))
 

@@ -174,6 +174,11 @@ class Trainer:
         """What is sampled from: the first average of the weights, or the weights themselves."""
         return self._members.result
 
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss of the update before, 0-d, on the device; of this process's images."""
+        return self._unread[-1][0]
+
     def fit(self) -> nn.Module:
         """Train to the config's last update; returns `model`.
 
