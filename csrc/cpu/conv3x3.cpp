@@ -89,9 +89,8 @@ void pack(Tensor weight, bool turned, int64_t down, int64_t across, const Tensor
       "packed must be float32 with ", plan.packed, " elements");
   float* const to = static_cast<float*>(packed.mutable_data_ptr());
   in_huge_pages(to, plan.packed);
-  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
-    kernels.pack(plan, taps, first, last, to);
-  });
+  torch::stable::parallel_for(
+      0, plan.panels, 1, [&](int64_t first, int64_t last) { kernels.pack(plan, taps, first, last, to); });
 }
 
 void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed) {
@@ -150,7 +149,8 @@ Tensor conv3x3_cpu(
 // To its input a convolution's gradient is the convolution with the weight turned.
 Tensor conv3x3_input_gradient_cpu(Tensor grad, Tensor weight, int64_t down, int64_t across) {
   check(
-      grad.dim() == 4 && weight.dim() == 4 && weight.size(0) == grad.size(1), "weight must have grad's channels");
+      grad.dim() == 4 && weight.dim() == 4 && weight.size(0) == grad.size(1),
+      "weight must have grad's channels");
   const Tensor packed = packed_now(weight, /*turned=*/true, down, across);
   return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across);
 }

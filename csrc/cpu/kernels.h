@@ -117,10 +117,9 @@ struct Kernels {
   // elements [begin, begin + n) of an image's noise; begin is a multiple of 4
   void (*normal)(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, float* out, int64_t n);
 
-  // elements [begin, begin + n) in the order of memory, of which x and y are the first; begin is a multiple of
+  // elements [begin, begin + n) in the order of memory; x and y point to the first. begin is a multiple of
   // 1024. dtype: not double
-  void (*dropout)(
-      Dtype, uint64_t seed, int64_t threshold, int64_t begin, const void* x, void* y, int64_t n);
+  void (*dropout)(Dtype, uint64_t seed, int64_t threshold, int64_t begin, const void* x, void* y, int64_t n);
 
   void (*posterior_step_float)(const StepRow&, const StepSpan<float>&, int64_t n);
   void (*posterior_step_double)(const StepRow&, const StepSpan<double>&, int64_t n);

@@ -229,6 +229,7 @@ def _backward(ctx, grad):
         mask = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
         return *_eager_backward(grad, x, weight, mask), d_plus, None, None
     d_x = d_weight = d_bias = None
+    grad = grad.contiguous(memory_format=reference.memory_format(x))  # once for both
     if ctx.needs_input_grad[0]:
         d_x = torch.ops.ddpm_fast.conv3x3_input_gradient.default(grad, weight, ctx.down, ctx.across)
     if any(ctx.needs_input_grad[1:3]):

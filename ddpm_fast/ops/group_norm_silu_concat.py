@@ -145,9 +145,9 @@ def _autograd(suffix: str):
             both = torch.cat([x, skip], 1).contiguous(memory_format=reference.memory_format(x))
         run = getattr(torch.ops.ddpm_fast, f"group_norm_silu_backward{suffix}")
         d_both, *grads = run(grad, both, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, ctx.silu)
-        if ctx.concat:
-            d_both = d_both + grad_both
         d_x, d_skip = d_both.split(ctx.split, 1)
+        if ctx.concat:  # sums of parts are dense
+            d_x, d_skip = (a + b for a, b in zip((d_x, d_skip), grad_both.split(ctx.split, 1), strict=True))
         d_weight, d_bias, d_add, d_scale, d_shift = (
             None if value is None else d
             for value, d in zip((weight, bias, add, scale, shift), grads, strict=True)

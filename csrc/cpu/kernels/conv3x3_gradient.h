@@ -135,8 +135,7 @@ struct Conv3x3Gradient {
             Tile::weight_transposed(column, down[j]);
           }
           for (int i = 0; i < 3; ++i) {
-            const Float row[kSize] = {down[0][i], down[1][i], down[2][i],
-                                      down[3][i], down[4][i], down[5][i]};
+            const Float row[kSize] = {down[0][i], down[1][i], down[2][i], down[3][i], down[4][i], down[5][i]};
             Tile::weight_transposed(row, g);
             for (int j = 0; j < 3; ++j) store(taps[3 * i + j] + half * kLanes, g[j]);
           }

@@ -48,9 +48,7 @@ constexpr int64_t kDrawn = 8 * kLanes;  // normals at a time: four of a quad in 
 inline void draw(uint64_t seed, uint32_t stream_step, uint64_t image, uint32_t quad, float* out) {
   const auto all = [](uint32_t value) { return Two{{UInt{} + value, UInt{} + value}}; };
   Two c[4] = {
-      counters(quad),
-      all(stream_step),
-      all(static_cast<uint32_t>(image)),
+      counters(quad), all(stream_step), all(static_cast<uint32_t>(image)),
       all(static_cast<uint32_t>(image >> 32))};
   philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), TwoMulHiLo{});
   for (int k = 0; k < 2; ++k) {
