@@ -15,7 +15,7 @@
 
 namespace ddpm_fast {
 
-enum Stream : uint32_t { kStreamXT = 0, kStreamStep = 1, kStreamTraining = 2 };
+enum Stream : uint32_t { kStreamXT = 0, kStreamStep = 1, kStreamTraining = 2, kStreamDropout = 3 };
 
 DDPM_FAST_HOST_DEVICE inline uint32_t stream_step(int64_t stream, int64_t step) {
   return static_cast<uint32_t>(stream) << 28 | static_cast<uint32_t>(step);

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STREAM_X_T, STREAM_STEP, STREAM_TRAINING = 0, 1, 2
+STREAM_X_T, STREAM_STEP, STREAM_TRAINING, STREAM_DROPOUT = 0, 1, 2, 3
 """What a counter noise is for; the top four bits of the second counter word."""
 
 
@@ -163,6 +163,26 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, plus: Tens
     if plus is not None:
         y = y + plus.to(dtype)
     return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
+    """Each element dropped, or kept and divided by ``1 - threshold / 2^16`` (Srivastava et al. 2014).
+
+    Element ``e``, in the order of memory, is kept where 16 bits are at least ``threshold``: of Philox4x32-10
+    at the counter ``(e // 8, 3 << 28, 0, 0)`` word ``e % 4``, the low half for ``e % 8 < 4``, else the high.
+    """
+    mask, layout, seed = 0xFFFFFFFF, memory_format(x), seed.reshape(())
+    counter = torch.zeros((x.numel() + 7) // 8, 4, dtype=torch.int64, device=x.device)
+    counter[:, 0] = torch.arange(len(counter), device=x.device)
+    counter[:, 1] = STREAM_DROPOUT << 28
+    words = philox4x32_10(counter, torch.stack([seed & mask, (seed >> 32) & mask]).expand(len(counter), 2))
+    bits = torch.stack([words & 0xFFFF, words >> 16], dim=1).flatten()[: x.numel()]
+    kept = torch.empty_like(x, dtype=torch.bool, memory_format=layout)
+    in_memory = kept.permute(0, 2, 3, 1) if layout == torch.channels_last else kept
+    in_memory.copy_((bits >= threshold).reshape(in_memory.shape))
+    dtype = compute_dtype(x.dtype)
+    y = x.to(dtype) * kept / (1 - threshold / 65536)
+    return y.to(x.dtype).contiguous(memory_format=layout)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .convolution import Conv2d
+from .ops._dispatch import choose
 
 __all__ = ["TimeRows", "UNet", "UNetConfig", "timestep_embedding"]
 
@@ -250,12 +251,26 @@ class Shortcut(nn.Conv2d):
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         x, weight = x.to(h.dtype), self.weight.to(h.dtype).flatten(1)  # they differ under autocast only
         if torch.is_grad_enabled():  # a backward hook refuses a change in place
-            return h + F.conv2d(x, weight[:, :, None, None])
+            if not (h.is_cpu and h.is_contiguous(memory_format=torch.channels_last)):
+                return h + F.conv2d(x, weight[:, :, None, None])
+            h = h.permute(0, 2, 3, 1)  # on the CPU 1.2 to 1.5 times as fast, forward and backward
+            rows = torch.addmm(h.flatten(0, 2), x.permute(0, 2, 3, 1).flatten(0, 2), weight.t())
+            return rows.reshape(h.shape).permute(0, 3, 1, 2)
         if h.is_contiguous():
             h.flatten(2).baddbmm_(weight.expand(len(h), -1, -1), x.flatten(2))
         else:
             h.permute(0, 2, 3, 1).flatten(0, 2).addmm_(x.permute(0, 2, 3, 1).flatten(0, 2), weight.t())
         return h
+
+
+class Dropout(nn.Dropout):
+    """``nn.Dropout``; on the CPU by one number of torch's generator, from which a kernel draws its mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = not self.training or torch.compiler.is_compiling() or not x.is_cpu
+        if plain or choose("dropout", None, x) != "native":
+            return super().forward(x)
+        return ops.dropout(x, self.p, torch.randint(-(2**63), 2**63 - 1, ()))
 
 
 class ResBlock(nn.Module):
@@ -283,7 +298,7 @@ class ResBlock(nn.Module):
         time_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
         self.time_emb_proj = RowLinear(time_dim, out_channels * (2 if self.scale_shift else 1))
         self.norm2 = GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = Dropout(config.dropout) if config.dropout else nn.Identity()
         self.conv2 = _zero(Conv2d(out_channels, out_channels, 3, padding=1))
         self.widens = in_channels != out_channels
         self.conv_shortcut = Shortcut(in_channels, out_channels) if self.widens else nn.Identity()
@@ -330,9 +345,17 @@ class Attention(nn.Module):
         tokens = h.flatten(2).transpose(1, 2).contiguous()  # else the bias would be a pass of its own
         qkv = self.to_qkv(tokens)  # (B, HW, 3C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+        h = _attended(q, k, v)  # (B, heads, HW, C / heads)
         h = self.to_out(h.transpose(1, 2).flatten(2))  # (B, HW, C)
         return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.output_scale)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.dtype != torch.bfloat16 or not q.is_cpu or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v)
+    # Of bfloat16 torch's gradient takes nine times as long on the CPU.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class Downsample(nn.Module):

@@ -343,6 +343,13 @@ def test_a_training_step_trains(fused):
     assert all((before != after).any() for before, after in moved)
 
 
+def test_the_trainer_s_arm_trains():
+    step = training._trainer(QUICK, 2, torch.float32)
+    with torch.no_grad():  # as arms are measured
+        losses = [float(step()) for _ in range(3)]
+    assert all(0.1 < loss < 10 for loss in losses) and len(set(losses)) == 3
+
+
 def test_a_gpu_s_part_is_asked_for_on_a_gpu_only():
     device = torch.device("cuda")
     assert sampling.batches(Settings(device)) == (1, 8, 64, 256)

@@ -214,18 +214,56 @@ def test_other_dtypes_are_the_references(dtype, generator):
         ops.conv3x3(**inputs, backend="native")
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("given", [True, False])
-def test_gradients(backend, given, generator):
-    inputs = channels_last(make((2, 5, 7, 6, 9), generator, given=given))
+def gradient_growth() -> float:
+    """The same of the gradient to the weight, of which a tap is a sum over a tile's outputs."""
+    to_outputs, of_taps, of_inputs = toom_cook(4)
+    terms = (of_taps**2).T @ ((to_outputs**2).sum(0) * (of_inputs**2).sum(1))
+    return float(terms.mean() / 4)
+
+
+@pytest.mark.parametrize("backend", ["f2", "f4", "reference"])
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 7, 6, 9), (3, 33, 40, 8, 8), (130, 48, 17, 4, 4), (1, 16, 3, 33, 5)]
+)
+def test_gradients(backend, shape, generator):
+    """By the same rule; in several blocks of tiles, either layout of the weight, without bias and plus."""
+    given = shape[1] != 33
+    inputs = channels_last(make(shape, generator, given=given))
+    if shape[0] > 2:
+        inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
     leaves = {name: v.requires_grad_() for name, v in inputs.items() if v is not None}
-    upstream = torch.randn((2, 7, 6, 9), generator=generator)
-    got = torch.autograd.grad(ops.conv3x3(**inputs, backend=backend), list(leaves.values()), upstream)
+    upstream = torch.randn((shape[0], *shape[2:]), generator=generator)
+    algorithm = {"algorithm": backend} if backend in ALGORITHMS else {"backend": backend}
+    y = ops.conv3x3(**inputs, **algorithm)
+    got = torch.autograd.grad(y, list(leaves.values()), upstream)
+    plain = torch.autograd.grad(eager(**inputs), list(leaves.values()), upstream)
     exact = {name: v.detach().double().requires_grad_() for name, v in leaves.items()}
-    plain = eager(**{name: exact.get(name) for name in inputs})
-    expected = torch.autograd.grad(plain, list(exact.values()), upstream.double())
-    for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-5)
+    y = eager(**{name: exact.get(name) for name in inputs})
+    expected = torch.autograd.grad(y, list(exact.values()), upstream.double())
+    of = {
+        "x": growth(algorithm.get("algorithm", "direct")),
+        "weight": gradient_growth(),
+        "bias": 1,
+        "plus": 1,
+    }
+    for name, g, p, e in zip(leaves, got, plain, expected, strict=True):
+        assert g.stride() == leaves[name].stride() or name != "weight" or backend == "reference"
+        for size in (lambda v: v.abs().max().item(), lambda v: v.square().mean().sqrt().item()):
+            allowed = of[name] * (2 * size(p - e) + torch.finfo(g.dtype).eps * size(e))
+            assert size(g - e) <= allowed, f"{name}: {size(g - e):.3g} > {allowed:.3g}"
+
+
+def test_gradients_are_the_same_with_any_number_of_threads(generator, one_thread):
+    x, weight, grad = (
+        torch.randn(s, generator=generator) for s in ((70, 40, 8, 8), (33, 40, 3, 3), (70, 33, 8, 8))
+    )
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(torch.ops.ddpm_fast.conv3x3_weight_gradient(grad, x, weight))
+        found[-1] += (torch.ops.ddpm_fast.conv3x3_input_gradient(grad, weight, 4, 4),)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -242,6 +280,10 @@ def test_opcheck(algorithm, generator):
         leaves = [v.requires_grad_() for v in inputs.values()]
         torch.library.opcheck(torch.ops.ddpm_fast.conv3x3.default, (*leaves, *tile))
         torch.library.opcheck(torch.ops.ddpm_fast.conv3x3.default, (*leaves[:2], None, None, *tile))
+        grad, (x, weight) = torch.ones(operands[3].shape), (v.detach() for v in leaves[:2])
+        gradient = torch.ops.ddpm_fast.conv3x3_input_gradient.default
+        torch.library.opcheck(gradient, (channels_last({"x": grad})["x"], weight, *tile))
+        torch.library.opcheck(torch.ops.ddpm_fast.conv3x3_weight_gradient.default, (grad, x, weight))
 
 
 def test_traces_whole(generator):
@@ -326,7 +368,7 @@ def test_every_instruction_set_passes(isa):
 
 
 PROGRAM = """
-#include "kernels/conv3x3.h"
+#include "kernels/conv3x3_gradient.h"
 
 #include <cmath>
 #include <cstdio>
@@ -370,7 +412,7 @@ void check(const Conv3x3Shape& s, bool given) {
   const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
-  kernels.pack(plan, w.get(), 0, plan.panels, packed.get());
+  kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels.transform(plan, x.get(), block, 0, plan.block, transformed.get());
     kernels.run(
@@ -385,6 +427,45 @@ void check(const Conv3x3Shape& s, bool given) {
       std::printf(
           "%d x %d, %ld %ld %ld %ld %ld: %g, not %g\\n", kDown, kAcross, (long)s.batch, (long)s.height,
           (long)s.width, (long)s.in_channels, (long)s.out_channels, y[at], exact);
+      std::exit(1);
+    }
+  }
+}
+
+void check_gradient(const Conv3x3Shape& s) {
+  constexpr Conv3x3GradientKernels kernels = Conv3x3Gradient::kKernels;
+  const Conv3x3Plan plan = kernels.plan(s);
+  const int64_t pixels = s.batch * s.height * s.width, taps = 9 * s.in_channels * s.out_channels;
+  const Floats x = floats(pixels * s.in_channels, 1), grad = floats(pixels * s.out_channels, 2);
+  const Floats inputs = floats(plan.transformed, 3), gradients = floats(plan.products, 4);
+  const Floats sums = floats(plan.packed, 5), weight = floats(taps, 6), bias = floats(s.out_channels, 7);
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    kernels.transform(plan, x.get(), grad.get(), block, 0, plan.block, inputs.get(), gradients.get());
+    kernels.accumulate(
+        plan, inputs.get(), gradients.get(), block, 0, plan.panels * kernels.tasks, sums.get());
+  }
+  const Conv3x3Weight<float> to = {weight.get(), 9 * s.in_channels, 1, s.in_channels};
+  kernels.finish(plan, sums.get(), 0, plan.panels, to, bias.get());
+  for (int64_t k = 0; k < s.out_channels; ++k) {
+    double exact_bias = 0;
+    for (int64_t p = 0; p < pixels; ++p) exact_bias += grad[p * s.out_channels + k];
+    bool good = std::abs(bias[k] - exact_bias) < 1e-5 * pixels;
+    for (int64_t c = 0; c < s.in_channels; ++c) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        double exact = 0;
+        for (int64_t p = 0; p < pixels; ++p) {
+          const int64_t row = p / s.width % s.height + tap / 3 - 1, column = p % s.width + tap % 3 - 1;
+          if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+          const int64_t from = p / (s.width * s.height) * s.width * s.height + row * s.width + column;
+          exact += double(grad[p * s.out_channels + k]) * x[from * s.in_channels + c];
+        }
+        good = good && std::abs(*to.at(k, c, tap) - exact) < 1e-5 * (pixels + 2);
+      }
+    }
+    if (!good) {
+      std::printf(
+          "gradient, %ld %ld %ld %ld %ld\\n", (long)s.batch, (long)s.height, (long)s.width,
+          (long)s.in_channels, (long)s.out_channels);
       std::exit(1);
     }
   }
@@ -408,6 +489,7 @@ int main() {
         check<2, 2>(shape, given);
         check<4, 2>(shape, given);
         check<4, 4>(shape, given);
+        if (c[0] * c[1] < 1000) check_gradient(shape);
       }
     }
   }

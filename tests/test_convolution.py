@@ -161,6 +161,37 @@ def test_a_3x3_window_is_our_own_kernels(batch, side, algorithm, generator, own)
     assert own[conv].weight.algorithm == algorithm
 
 
+@pytest.mark.parametrize("plus", [True, False])
+def test_it_learns_by_our_own_kernels(plus, generator, own):
+    """With a gradient asked for, from 32 tiles on: forward and backward are the op's, elsewhere torch's."""
+    layer = Conv2d(48, 33, 3, padding=1).to(memory_format=torch.channels_last)
+
+    def is_ours(y: torch.Tensor) -> bool:
+        return y.grad_fn.name() == "FunctionBackward"
+
+    for batch, ours in ((8, True), (7, False)):
+        x = channels_last(batch, 48, 8, 8, generator=generator).requires_grad_()
+        residual = channels_last(batch, 33, 8, 8, generator=generator).requires_grad_() if plus else None
+        upstream = channels_last(batch, 33, 8, 8, generator=generator)
+        leaves = [v for v in (x, layer.weight, layer.bias, residual) if v is not None]
+        y = layer(x, plus=residual)
+        assert is_ours(y) == ours
+        if ours:
+            expected = ops.conv3x3(x, layer.weight, layer.bias, plus=residual, algorithm="f4")
+        else:
+            expected = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+            expected = expected if residual is None else residual + expected
+        assert torch.equal(y, expected)
+        gradients = (torch.autograd.grad(out, leaves, upstream) for out in (y, expected))
+        for a, b in zip(*gradients, strict=True):
+            assert torch.equal(a, b)
+    x = channels_last(8, 48, 8, 8, generator=generator)
+    assert is_ours(layer(x)) and not is_ours(layer(x.contiguous()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_ours(layer(x))
+    assert not is_ours(layer.double()(x.double()))
+
+
 @pytest.mark.parametrize("window", ["1x1", "down", "valid"])
 def test_other_windows_are_onednns(window, generator, own):
     conv = Conv2d(32, 32, **WINDOWS[window])

@@ -128,21 +128,26 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_without_a_gradient_autograd_is_left_out(generator):
+def test_autograd_is_a_function_and_left_out_without_a_gradient(generator):
+    """The op without its registered autograd is called, whose gradient is a Function's: the op's own."""
     x, weight = torch.randn(2, 8, 4, 4, generator=generator), torch.ones(8, requires_grad=True)
 
-    def run(weight: Tensor, name: str) -> Tensor:
+    def run(weight: Tensor) -> Tensor:
         with Names() as names:
             y = ops.group_norm_silu(x, 4, weight)
-        assert names.seen == [f"ddpm_fast.{name}.default"]
+        assert names.seen == ["ddpm_fast.group_norm_silu_forward.default"]
         return y
 
-    y = run(weight, "group_norm_silu")
+    y = run(weight)
     assert y.requires_grad
+    registered = torch.ops.ddpm_fast.group_norm_silu(x, 4, weight, None, 1e-5, None, None, None, True)
+    assert torch.equal(y, registered)
+    got, expected = (torch.autograd.grad(v.square().sum(), weight)[0] for v in (y, registered))
+    assert torch.equal(got, expected) and bool(got.abs().min() > 0)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            assert torch.equal(run(weight, "group_norm_silu_forward"), y)
-    assert torch.equal(run(weight.detach(), "group_norm_silu_forward"), y)
+            assert torch.equal(run(weight), y) and not run(weight).requires_grad
+    assert not run(weight.detach()).requires_grad
 
 
 def test_opcheck_of_the_forward_ops(generator):

@@ -17,7 +17,8 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
 def load(source, said=None, **options):
-    given = {"channels": 3, "size": (8, 8), "crop": False, "strict": False, "device": torch.device("cpu")}
+    given = {"channels": 3, "size": (8, 8), "crop": False, "strict": False}
+    given |= {"labelled": False, "device": torch.device("cpu")}
     tell = (lambda text: None) if said is None else said.append
     return data.load(str(source), **given | {"tell": tell} | options)
 
@@ -130,6 +131,53 @@ def test_nothing_to_learn(tmp_path):
         load(tmp_path, channels=2)
 
 
+@pytest.mark.parametrize("memory", [2**31, 1])
+def test_a_folder_of_classes(tmp_path, memory, monkeypatch):
+    """Named by their folders, whatever lies below; one that is left out takes its label along."""
+    monkeypatch.setattr(data, "IN_MEMORY", memory)
+    for k, name in enumerate(("cat", "dog/brown", "ant", "cat", "dog", "dog")):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS[k]).save(tmp_path / name / f"{k}.png")
+    order = [2, 0, 3, 4, 5, 1]  # by path
+    found = load(tmp_path, labelled=True)
+    assert found.classes == ("ant", "cat", "dog")
+    assert found.labels.tolist() == [0, 1, 1, 2, 2, 2] and found.labels.dtype == torch.int64
+    x, labels = found.take_labelled(torch.tensor([5, 0, 1]))
+    assert torch.equal(x, scaled(PIXELS[[1, 2, 0]])) and labels.tolist() == [2, 0, 1]
+    assert load(tmp_path).labels is None
+    (tmp_path / "ant" / "2.png").write_bytes(b"nothing")  # seen when its size is asked
+    whole = (tmp_path / "cat" / "3.png").read_bytes()
+    (tmp_path / "cat" / "3.png").write_bytes(whole[:100])  # and when it is decoded
+    found = load(tmp_path, labelled=True)
+    x, labels = found.take_labelled(torch.arange(len(found)))
+    kept = [0, 4, 5, 1] if memory > 1 else [0, 4, 4, 5, 1]
+    assert torch.equal(x, scaled(PIXELS[kept]))
+    assert labels.tolist() == [(1, 2, 0, 1, 2, 2)[k] for k in kept] and sorted(order) == list(range(6))
+    assert found.classes == ("ant", "cat", "dog")
+    Image.fromarray(PIXELS[0]).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"0.png is of no class: .* folders of images, one a class"):
+        load(tmp_path, labelled=True)
+
+
+def test_labels_of_an_npz_and_of_sets(tmp_path):
+    file, labels = tmp_path / "a.npz", np.array([2, 0, 1, 1, 0, 2], dtype=np.int32)
+    for wrong in ({}, {"labels": labels[:5]}, {"arr_1": PIXELS}):
+        np.savez(file, arr_0=PIXELS, **wrong)
+        with pytest.raises(ValueError, match=r"a.npz must hold labels, or arr_1: integers \(6,\), .*; got"):
+            load(file, labelled=True)
+    for name in ("labels", "arr_1"):
+        np.savez(file, arr_0=PIXELS, **{name: labels})
+        x, found = load(file, labelled=True).take_labelled(torch.tensor([3, 0]))
+        assert torch.equal(x, scaled(PIXELS[[3, 0]])) and found.tolist() == [1, 2]
+        assert load(file).labels is None
+    pytest.importorskip("sklearn")
+    (images, labels), _ = data.digits()
+    x, found = load("digits", labelled=True).take_labelled(torch.tensor([7]))
+    assert torch.equal(x, images[7:8]) and torch.equal(found, labels[7:8])
+    with pytest.raises(ValueError, match="'s-curve' has no labels"):
+        load("s-curve", labelled=True)
+
+
 def test_npz(tmp_path):
     file = tmp_path / "a.npz"
     np.savez(file, PIXELS)
@@ -237,6 +285,15 @@ def test_the_rate():
         ("flip = 1", "flip must be one of True, False, got 1"),
         ("precision = 'float16'", "precision must be one of 'float32', 'bfloat16'"),
         ("seed = -1", "seed must be in"),
+        ("times = 'loss'", "times must be one of 'uniform', 'antithetic', 'second_moment', got 'loss'"),
+        ("times = 'second_moment'\ncompile = true", "compile must be 'auto' or false"),
+        ("label_dropout = 1", r"label_dropout must be in \[0, 1\), got 1"),
+        ("label_dropout = 0.1\n[mlp]\nunits = 8", "label_dropout needs unet.num_class_embeds, .* got none"),
+        (
+            "label_dropout = 0.1\n[unet]\nblock_out_channels = [32]\ndown_attention = [false]\n"
+            "up_attention = [false]\nnum_class_embeds = 1",
+            "num_class_embeds, of the data's classes and one more; got 1",
+        ),
         ("data = 1", "data must be a string"),
         ("schedule = 'cosine'", r"\[schedule\] must be a table"),
         (
@@ -253,5 +310,3 @@ def test_a_config_that_is_refused(tmp_path, text, words):
         Config.read(tmp_path / "c.toml")
     with pytest.raises(ValueError, match="not both"):
         Config(unet=UNET, mlp=Config.read("s-curve").mlp)
-    with pytest.raises(ValueError, match="the trainer has no labels"):
-        Config(unet=dataclasses.replace(UNET, num_class_embeds=2))

@@ -177,6 +177,7 @@ def test_an_update_asks_the_host_nothing():
         ({"clip": 0.0}, ValueError, "clip must be None or above 0"),
         ({"autocast": torch.float16}, ValueError, "autocast must be None or bfloat16"),
         ({"compile": 1}, TypeError, "compile must be of type bool"),
+        ({"compile": True, "observe": print}, ValueError, "compile=True takes no observe"),
         ({"compile": True, "optimizer": "sgd"}, ValueError, "takes torch's Adam or AdamW, got SGD"),
         ({"compile": True, "optimizer": "amsgrad"}, ValueError, "without amsgrad"),
         (

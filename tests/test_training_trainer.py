@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpm_fast import Sampler, UNet, UNetConfig, checkpoint, cli
-from ddpm_fast.losses import Loss, antithetic
+from ddpm_fast.losses import Loss, SecondMomentSampler, antithetic
 from ddpm_fast.training import Config, OptimizerConfig, Trainer, load, state
 from ddpm_fast.training.draws import Draws
 from ddpm_fast.training.ema import Ema
@@ -160,10 +161,13 @@ def log_lines(out) -> list[str]:
     return (out / "log.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_one(tmp_path, process, accumulate):
+@pytest.mark.parametrize(("accumulate", "times"), [(1, "antithetic"), (2, "second_moment")])
+def test_two_processes_are_one(tmp_path, process, accumulate, times):
     """The same global batch: the same times, noise and flips, so the same loss but for rounding."""
-    config = change(TINY, updates=50, batch=8, accumulate=accumulate, flip=True, times="antithetic")
+    config = change(TINY, updates=50, batch=8, accumulate=accumulate, flip=True, times=times)
+    config = change(
+        config, schedule={"kind": "cosine", "T": 4}
+    )  # so that times are soon drawn by their losses
     config = change(config, checkpoint_every=50, optimizer=OptimizerConfig(lr=1e-3, warmup=10, clip=1.0))
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -177,6 +181,99 @@ def test_two_processes_are_one(tmp_path, process, accumulate):
     one, two = ([line["loss"] for line in log(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 50 and one[0] != one[1]
     np.testing.assert_allclose(two, one, rtol=1e-5)
+    if times == "second_moment":
+        a, b = (final(tmp_path / name) for name in ("one", "two"))
+        assert torch.equal(a["training.times.counts"], b["training.times.counts"])
+        assert int(a["training.times.counts"].min()) > 10  # its history is full
+        squares = (found["training.times.squares"] for found in (a, b))
+        torch.testing.assert_close(*squares, rtol=1e-4, atol=0)
+
+
+def test_times_by_the_second_moment_are_the_plain_loop(tmp_path, one_thread):
+    """Written out: drawn by the losses of the updates before, which are weighted; recorded unweighted."""
+    config = change(POINTS, updates=40, batch=16, times="second_moment", schedule={"kind": "cosine", "T": 4})
+    given = torch.randn(50, 2)
+    made = trainer(config, tmp_path, images=given)
+    model, loss = copy.deepcopy(made._members.model), Loss(made.schedule)
+    made.fit()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=True)
+    draws, sampler = Draws(config.seed, 50, 16, 4, "second_moment", False), SecondMomentSampler(4)
+    losses = []
+    for update in range(config.updates):
+        t, weight = draws.times_of(update, sampler)
+        each = loss(model, given[draws(update).indices], t, seed=config.seed, image_index=16 * update)
+        (weight * each).mean().backward()
+        sampler.update(t, each.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = config.optimizer.rate(update, config.updates)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((weight * each).mean().item())
+    assert losses == [line["loss"] for line in log(tmp_path)]
+    assert not torch.equal(weight, torch.ones(16)) and int(sampler.counts.sum()) == 16 * 40
+
+
+CLASSES = dataclasses.replace(
+    EVERYTHING,
+    updates=20,
+    times="second_moment",
+    label_dropout=0.5,
+    schedule={"kind": "cosine", "T": 4},
+    checkpoint_every=15,
+    unet=dataclasses.replace(EVERYTHING.unet, num_class_embeds=4),
+)
+LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2])
+
+
+def test_classes_and_learned_times_resume_to_the_bit(tmp_path, one_thread):
+    """After 15 of 20 updates; the times are drawn by their losses by then."""
+    runs = []
+    for updates, out in ((20, "a"), (15, "b"), (20, "b")):
+        config = change(CLASSES, updates=updates, optimizer=OptimizerConfig(lr=1e-2))
+        made = trainer(config, tmp_path / out, labels=LABELS, resume="auto")
+        made.fit()
+        runs.append(made)
+    assert runs[2]._members.times.probabilities().unique().numel() > 1
+    assert_equal(final(tmp_path / "a"), final(tmp_path / "b"))
+    with pytest.raises(ValueError, match=r"label_dropout was 0.5, is 0.0.*times was 'second_moment'"):
+        plain = change(CLASSES, label_dropout=0.0, times="uniform", optimizer=OptimizerConfig(lr=1e-2))
+        trainer(plain, tmp_path / "a", labels=LABELS, resume="auto")
+
+
+def test_a_network_with_classes(tmp_path, one_thread):
+    """Each image comes with its label, or with the class that stands for none; a picture has all but that."""
+    config = change(CLASSES, batch=8, accumulate=1, updates=50, samples=6, times="uniform", flip=False)
+    made = trainer(config, tmp_path, labels=LABELS)
+    seen = []
+    made._members.model.register_forward_pre_hook(lambda _, given: seen.append(given[2]))
+    made.fit()
+    dropped = 0
+    for update, labels in enumerate(seen):
+        batch = made._draws(update)
+        expected = LABELS[batch.indices]
+        expected[batch.unlabelled] = 3
+        assert torch.equal(labels, expected)
+        dropped += int(batch.unlabelled.sum())
+    assert len(seen) == 50 and abs(dropped / 400 - 0.5) < 4 * 0.5 / 20
+    model, schedule, settings = checkpoint.load(made.last_checkpoint)
+    labels = torch.arange(6) % 3
+    x = Sampler(model, schedule, **settings)(6, seed=0, class_labels=labels)
+    sheet = np.asarray(Image.open(tmp_path / "samples" / "00000050.png"))
+    assert sheet.shape == (2 * 34 + 2, 3 * 34 + 2, 3)  # a column a class
+    pixels = Sampler.to_uint8(x).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(sheet[36:68:4, 2:34:4], pixels[3])
+
+
+def test_a_folder_s_classes_are_the_run_s(tmp_path, one_thread):
+    for k, name in enumerate(("cat", "dog")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), 99 * k, np.uint8)).save(tmp_path / "data" / name / "0.png")
+    unet = change(UNET, num_class_embeds=2)
+    config = change(TINY, data=str(tmp_path / "data"), updates=5, unet=unet)
+    Trainer(config, tmp_path / "run", bar=False).fit()
+    (tmp_path / "data" / "cat").rename(tmp_path / "data" / "elk")
+    with pytest.raises(ValueError, match=r"'classes': \['cat', 'dog'\].*'classes': \['dog', 'elk'\]"):
+        Trainer(config, tmp_path / "run", bar=False, resume="auto")
 
 
 def test_it_is_the_plain_loop(tmp_path, one_thread):
@@ -197,7 +294,7 @@ def test_it_is_the_plain_loop(tmp_path, one_thread):
         x0 = torch.stack(
             [data[k].flip(-1) if f else data[k] for k, f in zip(batch.indices, batch.flip, strict=True)]
         ).contiguous(memory_format=torch.channels_last)
-        value = loss(model, x0, batch.t, seed=config.seed, image_index=update * 4).mean()
+        value = loss(model, x0, draws.times_of(update)[0], seed=config.seed, image_index=update * 4).mean()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = 1e-2 * min(1, (update + 1) / 3) * 0.5 * (1 + math.cos(math.pi * update / 6))
@@ -233,11 +330,15 @@ def test_draws_are_functions_of_the_update():
     for epoch in (dealt[:10], dealt[10:]):
         assert sorted(epoch.tolist()) == list(range(10))
     assert dealt[:10].tolist() != dealt[10:].tolist()
-    again = Draws(5, 10, 4, 100, "antithetic", True)(3)
-    assert torch.equal(again.t, draws(3).t) and torch.equal(again.flip, draws(3).flip)
-    assert torch.equal(again.t[:2] + again.t[2:], torch.full((2,), 99))
-    assert not torch.equal(draws(2).t, draws(3).t)
-    assert not torch.equal(Draws(6, 10, 4, 100, "antithetic", True)(3).t, again.t)
+    again = Draws(5, 10, 4, 100, "antithetic", True, 0.5)
+    (t, weight), (before, _) = again.times_of(3), again.times_of(2)
+    assert weight is None and torch.equal(t, draws.times_of(3)[0])
+    assert torch.equal(again(3).flip, draws(3).flip) and draws(3).unlabelled is None
+    dropped = torch.cat([again(update).unlabelled for update in range(100)]).float().mean()
+    assert abs(dropped - 0.5) < 4 * 0.5 / 20
+    assert torch.equal(t[:2] + t[2:], torch.full((2,), 99))
+    assert not torch.equal(before, t)
+    assert not torch.equal(Draws(6, 10, 4, 100, "antithetic", True).times_of(3)[0], t)
     small = Draws(0, 3, 8, 10, "uniform", False)(1)  # more than two epochs in one batch
     assert small.flip is None and small.first == 8
     assert sorted(small.indices[1:4].tolist()) == sorted(small.indices[4:7].tolist()) == [0, 1, 2]
@@ -454,6 +555,28 @@ def test_what_does_not_fit_is_said_first(tmp_path, monkeypatch, one_thread):
         (TypeError, "images must be a uint8 or floating Tensor", TINY, {"images": [1]}),
         (ValueError, "images must be finite", TINY, {"images": images() * math.nan}),
         (ValueError, "not empty", TINY, {"images": images()[:0]}),
+        (ValueError, "labels are for a U-Net with num_class_embeds", TINY, {"labels": LABELS}),
+        (ValueError, "labels must be given with images", CLASSES, {}),
+        (
+            ValueError,
+            "labels go with images",
+            change(CLASSES, data="digits"),
+            {"images": None, "labels": LABELS},
+        ),
+        (TypeError, r"labels must be an int64 Tensor of shape \(7,\)", CLASSES, {"labels": LABELS[1:]}),
+        (ValueError, "labels must be at least 0, got -1", CLASSES, {"labels": LABELS - 1}),
+        (
+            ValueError,
+            "its labels go up to 3, the network has 3 classes .*, beside the one that stands for none",
+            CLASSES,
+            {"labels": LABELS + 1},
+        ),
+        (
+            ValueError,
+            "label_dropout is for a U-Net with num_class_embeds",
+            change(TINY, unet=None, label_dropout=0.1),
+            {"model": nn.Identity()},
+        ),
         (TypeError, "config must be a Config", {}, {}),
     ]
     for error, words, config, options in refused:

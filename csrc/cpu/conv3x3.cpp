@@ -1,17 +1,13 @@
 // conv3x3 on the CPU: checks, layouts, threads and the workspace around kernels/conv3x3.h.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <utility>
 
 #include "../checks.h"
 #include "../common.h"
 #include "../layout.h"
+#include "conv3x3.h"
 #include "kernels.h"
+#include "workspace.h"
 
 namespace ddpm_fast {
 namespace {
@@ -19,53 +15,12 @@ namespace {
 using cpu::Conv3x3Kernels;
 using cpu::Conv3x3Plan;
 
-constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-
 const Conv3x3Kernels& kernels_of(int64_t down, int64_t across) {
   for (const Conv3x3Kernels& kernels : cpu::kernels().conv3x3) {
     if (kernels.down == down && kernels.across == across) return kernels;
   }
   fail<std::invalid_argument>("there are no tiles of ", down, " x ", across, " outputs");
 }
-
-// Asks for huge pages: a packed weight is read once a call, from beyond the caches, and a quarter of that
-// went into looking up small pages. Where the system refuses, they stay small.
-void in_huge_pages(float* memory, int64_t count) {
-#ifdef MADV_HUGEPAGE
-  const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + count * sizeof(float);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  if (first + kHugePage <= end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)count;
-#endif
-}
-
-// Memory that a thread keeps for its next call: fresh pages would cost more than the work in them.
-class Workspace {
- public:
-  float* floats(int64_t count) {
-    if (count > count_) {
-      constexpr int64_t kFloats = kHugePage / sizeof(float);
-      count = (count + kFloats - 1) / kFloats * kFloats;
-      memory_.reset();  // the old first
-      count_ = 0;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(kHugePage, count * sizeof(float))));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      in_huge_pages(memory_.get(), count);
-      count_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t count_ = 0;
-};
-
-const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 
 Workspace& for_tiles() {
   thread_local Workspace workspace;
@@ -114,22 +69,32 @@ void run(
   });
 }
 
-void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed) {
+// `turned` by 180 degrees, input and output channels in each other's place.
+void pack(Tensor weight, bool turned, int64_t down, int64_t across, const Tensor& packed) {
   check(
       weight.scalar_type() == ScalarType::Float && weight.dim() == 4 && weight.size(2) == 3 &&
           weight.size(3) == 3 && weight.numel() > 0,
       "weight must be float32 (C_out, C_in, 3, 3)");
-  weight = as_contiguous(weight);
+  weight = keep_layout(weight);
   const Conv3x3Kernels& kernels = kernels_of(down, across);
-  const Conv3x3Plan plan = kernels.plan({1, 1, 1, weight.size(1), weight.size(0)}, 1);
+  int64_t in_channels = weight.size(1), out_channels = weight.size(0);
+  auto taps = in_layout(floats(weight), in_channels, is_channels_last(weight));
+  if (turned) {
+    std::swap(in_channels, out_channels);
+    taps = {taps.at(0, 0, 8), taps.step_c, taps.step_k, -taps.step_tap};
+  }
+  const Conv3x3Plan plan = kernels.plan({1, 1, 1, in_channels, out_channels}, 1);
   check(
       packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
       "packed must be float32 with ", plan.packed, " elements");
   float* const to = static_cast<float*>(packed.mutable_data_ptr());
   in_huge_pages(to, plan.packed);
-  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
-    kernels.pack(plan, floats(weight), first, last, to);
-  });
+  torch::stable::parallel_for(
+      0, plan.panels, 1, [&](int64_t first, int64_t last) { kernels.pack(plan, taps, first, last, to); });
+}
+
+void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed) {
+  pack(weight, /*turned=*/false, down, across, packed);
 }
 
 Tensor conv3x3_packed_cpu(
@@ -165,17 +130,35 @@ Tensor conv3x3_packed_cpu(
   return channels_last ? y : torch::stable::contiguous(y);
 }
 
+Tensor packed_now(const Tensor& weight, bool turned, int64_t down, int64_t across) {
+  check(weight.dim() == 4, "weight must be (C_out, C_in, 3, 3)");
+  const Conv3x3Plan plan =
+      kernels_of(down, across).plan({1, 1, 1, weight.size(turned ? 0 : 1), weight.size(turned ? 1 : 0)}, 1);
+  const Tensor packed = torch::stable::new_empty(weight, {plan.packed});
+  pack(weight, turned, down, across, packed);
+  return packed;
+}
+
 Tensor conv3x3_cpu(
     Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor plus, int64_t down, int64_t across) {
   check(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1), "weight must have x's channels");
-  const Conv3x3Plan plan = kernels_of(down, across).plan({1, 1, 1, weight.size(1), weight.size(0)}, 1);
-  const Tensor packed = torch::stable::new_empty(weight, {plan.packed});
-  conv3x3_pack_cpu(weight, down, across, packed);
+  const Tensor packed = packed_now(weight, /*turned=*/false, down, across);
   return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across);
+}
+
+// To its input a convolution's gradient is the convolution with the weight turned.
+Tensor conv3x3_input_gradient_cpu(Tensor grad, Tensor weight, int64_t down, int64_t across) {
+  check(
+      grad.dim() == 4 && weight.dim() == 4 && weight.size(0) == grad.size(1),
+      "weight must have grad's channels");
+  const Tensor packed = packed_now(weight, /*turned=*/true, down, across);
+  return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("conv3x3", TORCH_BOX(&conv3x3_cpu));
+  m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_cpu));
+  m.impl("conv3x3_input_gradient", TORCH_BOX(&conv3x3_input_gradient_cpu));
   m.impl("conv3x3_pack", TORCH_BOX(&conv3x3_pack_cpu));
   m.impl("conv3x3_packed", TORCH_BOX(&conv3x3_packed_cpu));
 }

@@ -4,7 +4,9 @@
 #include <type_traits>
 
 #include "kernels/conv3x3.h"
+#include "kernels/conv3x3_gradient.h"
 #include "kernels/convert.h"
+#include "kernels/dropout.h"
 #include "kernels/fingerprint.h"
 #include "kernels/group_norm_silu.h"
 #include "kernels/group_norm_silu_backward.h"
@@ -85,6 +87,7 @@ const Kernels DDPM_FAST_ISA = {
     axpby<double>,
     normal,
     normal_each,
+    dropout,
     posterior_step<float>,
     posterior_step<double>,
     group_norm_nhwc_any,
@@ -92,6 +95,7 @@ const Kernels DDPM_FAST_ISA = {
     group_norm_backward_nhwc_any,
     group_norm_backward_nchw_any,
     {Conv3x3<1, 1>::kKernels, Conv3x3<2, 2>::kKernels, Conv3x3<4, 2>::kKernels, Conv3x3<4, 4>::kKernels},
+    Conv3x3Gradient::kKernels,
     fingerprint,
 };
 

@@ -59,19 +59,48 @@ struct Conv3x3Plan : Conv3x3Shape {
   int64_t products;     // of a panel's products with them
 };
 
+// Where the taps of output channel k and input channel c lie.
+template <typename T>
+struct Conv3x3Weight {
+  T* first;
+  int64_t step_k, step_c, step_tap;
+
+  T* at(int64_t k, int64_t c, int64_t tap) const { return first + k * step_k + c * step_c + tap * step_tap; }
+};
+
 // In tiles of down x across outputs. x, plus and y are channels last; bias and plus may be null.
 struct Conv3x3Kernels {
   int64_t down, across;
 
   Conv3x3Plan (*plan)(const Conv3x3Shape&, int64_t threads);
-  // panels [first, last) of the weights (K, C, 3, 3)
-  void (*pack)(const Conv3x3Plan&, const float* weight, int64_t first, int64_t last, float* packed);
+  // panels [first, last) of the weights
+  void (*pack)(
+      const Conv3x3Plan&, const Conv3x3Weight<const float>&, int64_t first, int64_t last, float* packed);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
       const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed);
   void (*run)(
       const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const float* plus,
       float* y, int64_t block, int64_t first, int64_t last, float* products);
+};
+
+// The gradients to its weight and bias: sums over blocks of tiles of `plan`, whose `transformed`, `products`
+// and `packed` are the sizes of a block's inputs, of its gradients, and of the sums.
+struct Conv3x3GradientKernels {
+  int64_t tasks;  // of a panel
+
+  Conv3x3Plan (*plan)(const Conv3x3Shape&);
+  // tiles [first, last) of a block, or as many of them as there are; then tasks [first, last) of all panels
+  void (*transform)(
+      const Conv3x3Plan&, const float* x, const float* grad, int64_t block, int64_t first, int64_t last,
+      float* inputs, float* gradients);
+  void (*accumulate)(
+      const Conv3x3Plan&, const float* inputs, const float* gradients, int64_t block, int64_t first,
+      int64_t last, float* sums);
+  // panels [first, last) of the weight's and the bias's
+  void (*finish)(
+      const Conv3x3Plan&, const float* sums, int64_t first, int64_t last, const Conv3x3Weight<float>& weight,
+      float* bias);
 };
 
 struct Kernels {
@@ -92,6 +121,10 @@ struct Kernels {
   void (*normal_each)(
       uint64_t seed, uint32_t stream_step, const int64_t* images, int64_t count, int64_t elements,
       float* out);
+
+  // elements [begin, begin + n) in the order of memory; x and y point to the first. begin is a multiple of
+  // 1024. dtype: not double
+  void (*dropout)(Dtype, uint64_t seed, int64_t threshold, int64_t begin, const void* x, void* y, int64_t n);
 
   void (*posterior_step_float)(const StepRow&, const StepSpan<float>&, int64_t n);
   void (*posterior_step_double)(const StepRow&, const StepSpan<double>&, int64_t n);
@@ -115,6 +148,7 @@ struct Kernels {
       int64_t groups, const GroupNormArgs&, const GroupNormGradients&, float* scratch);
 
   Conv3x3Kernels conv3x3[4];
+  Conv3x3GradientKernels conv3x3_gradient;
 
   uint64_t (*fingerprint)(const void* data, int64_t bytes);
 };

@@ -1,10 +1,15 @@
-"""A training step: noise, forward, backward and the optimizer; ours beside plain PyTorch and the peers."""
+"""A training step: noise, forward, backward and the optimizer; ours beside plain PyTorch and the peers.
+
+"ours" is `Trainer`'s update as a user gets it, with all that is around it: the batch drawn from the images,
+the rate set, what is drawn seeded. It has no average of the weights, as the others have none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..compat.peers import attempt, compiled, denoising_diffusion, diffusers
 from ..schedule import Schedule
+from ..training import Config, OptimizerConfig, Trainer
 from ..unet import UNet
 from . import arms, plain
 from .measure import Case, Run
@@ -32,7 +38,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             labels = {"batch": batch, "dtype": str(dtype).removeprefix("torch.")}
             make = partial(_arm, settings, batch, dtype)
-            builds = {name: partial(make, name, build) for name, build in OURS.items()}
+            builds = {"ours": partial(_trainer, settings, batch, dtype)}
+            builds |= {name: partial(make, name, build) for name, build in OURS.items()}
             builds |= {name: partial(attempt, partial(make, name, build)) for name, build in PEERS.items()}
             yield Case(labels, builds, calls=batch)
 
@@ -40,6 +47,33 @@ def cases(settings: Settings) -> Iterator[Case]:
 def table(settings: Settings) -> Table:
     title = f"A training step of {called(settings)}: noise, forward, backward, AdamW; an image"
     return arms.table(settings, "training", title, list(cases(settings)), rounds=10, base="ours")
+
+
+LR = 1e-5
+IMAGES = 256
+
+
+def _trainer(settings: Settings, batch: int, dtype: torch.dtype) -> Run:
+    settings.check("ours")
+    model = network(SMALL if settings.quick else CIFAR)
+    config = Config(
+        updates=2**31,
+        batch=batch,
+        precision=str(dtype).removeprefix("torch."),
+        ema=(),
+        optimizer=OptimizerConfig(lr=LR),
+    )
+    images = torch.randn(IMAGES, *model.sample_shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    folder = TemporaryDirectory()
+    trainer = Trainer(config, folder.name, device=settings.device, model=model, images=images, bar=False)
+    updates = trainer.updates()
+
+    def step(folder: TemporaryDirectory = folder) -> Tensor:  # which goes with the arm
+        with torch.enable_grad():
+            next(updates)
+        return trainer.loss
+
+    return step
 
 
 def _arm(
@@ -54,7 +88,7 @@ def _arm(
     shape = (batch, *model.sample_shape)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(settings.device).clamp(-1, 1)
     module, loss = build(model)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
     autocast = torch.autocast(settings.device.type, dtype) if dtype != torch.float32 else nullcontext()
 
     def step() -> Tensor:
@@ -117,9 +151,9 @@ def _denoising_diffusion_loss(model: UNet) -> tuple[nn.Module, Loss]:
 
 
 OURS = {
-    "ours": partial(_our_loss, fused=True, channels_last=True),
-    "ours, NCHW": partial(_our_loss, fused=True, channels_last=False),
-    "ours, compiled": partial(_our_loss, fused=True, channels_last=True, compile=True),
+    "our modules": partial(_our_loss, fused=True, channels_last=True),
+    "our modules, NCHW": partial(_our_loss, fused=True, channels_last=False),
+    "our modules, compiled": partial(_our_loss, fused=True, channels_last=True, compile=True),
     "our modules, plain PyTorch": partial(_our_loss, fused=False, channels_last=False),
     "our modules, plain PyTorch, channels_last": partial(_our_loss, fused=False, channels_last=True),
 }

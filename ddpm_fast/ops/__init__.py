@@ -3,6 +3,7 @@
 from ._checks import as_image_index, as_seed
 from .conv3x3 import PackedConv3x3, conv3x3, conv3x3_packed, pack_conv3x3
 from .counter_normal import counter_normal, philox4x32_10
+from .dropout import dropout
 from .fingerprint import fingerprint
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu_concat import group_norm_silu_concat
@@ -17,6 +18,7 @@ __all__ = [
     "conv3x3",
     "conv3x3_packed",
     "counter_normal",
+    "dropout",
     "fingerprint",
     "group_norm_silu",
     "group_norm_silu_concat",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 Backend = Literal["native", "triton", "reference"]
 BACKENDS: tuple[str, ...] = ("native", "triton", "reference")
@@ -29,6 +30,7 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
     ("group_norm_silu", "native", "cpu"): _HALVES_AND_FLOAT,
     ("counter_normal", "native", "cpu"): frozenset({torch.float32}),
     ("conv3x3", "native", "cpu"): frozenset({torch.float32}),
+    ("dropout", "native", "cpu"): _HALVES_AND_FLOAT,
     ("fingerprint", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("q_sample", "native", "cuda"): _HALVES_AND_FLOAT,
     ("posterior_step", "native", "cuda"): _HALVES_AND_FLOAT,
@@ -96,7 +98,7 @@ def define(
     `op` runs the compiled kernel of the device, and the plain-PyTorch one where there is none; `op_triton`
     the launcher of the same name in `_triton/file.py`. `autograd` gives (backward, setup_context) by the
     suffix of the name; an op that has it is also registered without, as `op_forward`, for calls that need no
-    gradient: autograd of an op from Python takes 4 us even then.
+    gradient, and for those whose gradient a `torch.autograd.Function` holds: see `differentiable`.
     """
 
     def triton(*args: Any) -> Any:
@@ -114,6 +116,22 @@ def define(
             backward, setup = autograd(suffix)
             torch.library.register_autograd(f"ddpm_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
         _OVERLOADS[op, backend] = getattr(torch.ops.ddpm_fast, name).default
+    if autograd is not None:
+        _OVERLOADS[op, "function"] = _function(_OVERLOADS[op, "forward"], *autograd(""))
+
+
+def _function(
+    run: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., Any]
+) -> Callable[..., Any]:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args: Any) -> Any:
+            output = run(*args)
+            setup(ctx, args, output)
+            return output
+
+    Function.backward = staticmethod(once_differentiable(backward))
+    return Function.apply
 
 
 def implementation(op: str, backend: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,11 +155,13 @@ def is_transformed() -> bool:
 def differentiable(op: str, backend: str, reference: Callable[..., Any], *given: Tensor | None):
     """`implementation` of an op with an autograd, which is left out where none of `given` needs a gradient.
 
-    Only of the CPU's kernels is it left out: a tracer sees the op itself, and CUDA has no `op_forward`.
+    An autograd that is registered from Python takes 4 us even then, and 70 us forward and backward where
+    there is a gradient; a `torch.autograd.Function` takes 35. Only the CPU's kernels go round it: a tracer
+    sees the op itself, and CUDA has no `op_forward`.
     """
-    needed = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
-    if backend == "native" and not needed and given[0].is_cpu and not torch.compiler.is_compiling():
-        backend = "forward"
+    if backend == "native" and given[0].is_cpu and not torch.compiler.is_compiling():
+        needed = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
+        backend = "function" if needed else "forward"
     return implementation(op, backend, reference)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_floating, describe
-from ._dispatch import LIBRARY, choose, define, implementation
+from ._dispatch import LIBRARY, choose, define, differentiable
 
 ALGORITHMS: dict[str, tuple[int, int]] = {
     "direct": (1, 1),
@@ -83,7 +83,7 @@ def conv3x3(
             f"got {describe(weight)}"
         )
     _check_operands(x, weight.shape[0], bias, plus)
-    run = implementation("conv3x3", choose("conv3x3", backend, x), _reference)
+    run = differentiable("conv3x3", choose("conv3x3", backend, x), _reference, x, weight, bias, plus)
     return run(x, weight, bias, plus, down, across)
 
 
@@ -191,21 +191,50 @@ def _fake_packed(x, packed, bias, plus, out_channels, down, across):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
 
 
+def _reference_input_gradient(grad, weight, down, across):
+    return reference.conv3x3(grad, weight.flip(2, 3).transpose(0, 1), None)
+
+
+def _fake_input_gradient(grad, weight, down, across):
+    return _fake_packed(grad, None, None, None, weight.shape[1], down, across)
+
+
+def _reference_weight_gradient(grad, x, weight):
+    _, d_weight, d_bias = _eager_backward(grad, x, weight, [False, True, True])
+    return d_weight, d_bias
+
+
+def _fake_weight_gradient(grad, x, weight):
+    return torch.empty_like(weight), weight.new_empty(len(weight))
+
+
+def _eager_backward(grad, x, weight, mask):
+    ones, zeros = [1, 1], [0, 0]
+    bias = [len(weight)] if mask[2] else None
+    return torch.ops.aten.convolution_backward(grad, x, weight, bias, ones, ones, ones, False, zeros, 1, mask)
+
+
 def _save_inputs(ctx, inputs, output) -> None:
-    x, weight, bias, plus, *_ = inputs
+    x, weight, bias, plus, ctx.down, ctx.across = inputs
     ctx.save_for_backward(x, weight)
     ctx.given = bias is not None, plus is not None
 
 
 def _backward(ctx, grad):
+    """To x it is the convolution with the weight turned about; to the weight Winograd's transposed."""
     x, weight = ctx.saved_tensors
     has_bias, has_plus = ctx.given
-    wanted = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
-    ones, zeros = [1, 1], [0, 0]
-    d_x, d_weight, d_bias = torch.ops.aten.convolution_backward(
-        grad, x, weight, [len(weight)] if has_bias else None, ones, ones, ones, False, zeros, 1, wanted
-    )
-    return d_x, d_weight, d_bias if has_bias else None, grad if has_plus else None, None, None
+    d_plus = grad if has_plus else None
+    if choose("conv3x3", None, x) != "native":
+        mask = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
+        return *_eager_backward(grad, x, weight, mask), d_plus, None, None
+    d_x = d_weight = d_bias = None
+    grad = grad.contiguous(memory_format=reference.memory_format(x))  # once for both
+    if ctx.needs_input_grad[0]:
+        d_x = torch.ops.ddpm_fast.conv3x3_input_gradient.default(grad, weight, ctx.down, ctx.across)
+    if any(ctx.needs_input_grad[1:3]):
+        d_weight, d_bias = torch.ops.ddpm_fast.conv3x3_weight_gradient.default(grad, x, weight)
+    return d_x, d_weight, d_bias if has_bias else None, d_plus, None, None
 
 
 define(
@@ -215,6 +244,20 @@ define(
     _fake,
     file="conv3x3",
     autograd=lambda _: (_backward, _save_inputs),
+)
+define(
+    "conv3x3_input_gradient",
+    "(Tensor grad, Tensor weight, int down, int across) -> Tensor",
+    _reference_input_gradient,
+    _fake_input_gradient,
+    file="conv3x3",
+)
+define(
+    "conv3x3_weight_gradient",
+    "(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    _reference_weight_gradient,
+    _fake_weight_gradient,
+    file="conv3x3",
 )
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed) -> ()")
 LIBRARY.define(

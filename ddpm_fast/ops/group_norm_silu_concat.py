@@ -67,7 +67,7 @@ def group_norm_silu_concat(
     """`group_norm_silu` of ``torch.cat([x, skip], 1)``, which is not built unless it is asked for.
 
     A group may straddle the border: 256 + 128 channels in 32 groups of 12, say. Differentiable in every
-    tensor, in reverse mode; the backward builds the concatenation.
+    tensor, in reverse mode; the backward builds the concatenation, where it is not an output.
 
     Args:
         x: ``(B, C1, ...)`` float32, bfloat16, float16 or float64; contiguous or channels_last.
@@ -130,6 +130,8 @@ def _fake(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, conca
 
 def _save_inputs(ctx, inputs, output) -> None:
     x, skip, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, ctx.silu, ctx.concat = inputs
+    ctx.split = x.shape[1], skip.shape[1]
+    x, skip = (output[1], None) if ctx.concat else (x, skip)
     ctx.save_for_backward(x, skip, weight, bias, add, scale, shift)
 
 
@@ -138,12 +140,14 @@ def _autograd(suffix: str):
 
     def backward(ctx, grad, grad_both):
         x, skip, weight, bias, add, scale, shift = ctx.saved_tensors
-        both = torch.cat([x, skip], 1).contiguous(memory_format=reference.memory_format(x))
+        both = x
+        if not ctx.concat:
+            both = torch.cat([x, skip], 1).contiguous(memory_format=reference.memory_format(x))
         run = getattr(torch.ops.ddpm_fast, f"group_norm_silu_backward{suffix}")
         d_both, *grads = run(grad, both, ctx.num_groups, weight, bias, ctx.eps, add, scale, shift, ctx.silu)
-        if ctx.concat:
-            d_both = d_both + grad_both
-        d_x, d_skip = d_both.split([x.shape[1], skip.shape[1]], 1)
+        d_x, d_skip = d_both.split(ctx.split, 1)
+        if ctx.concat:  # sums of parts are dense
+            d_x, d_skip = (a + b for a, b in zip((d_x, d_skip), grad_both.split(ctx.split, 1), strict=True))
         d_weight, d_bias, d_add, d_scale, d_shift = (
             None if value is None else d
             for value, d in zip((weight, bias, add, scale, shift), grads, strict=True)

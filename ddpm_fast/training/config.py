@@ -75,7 +75,8 @@ class Config:
 
     Attributes:
         data: a folder of images (searched whole, any format that Pillow reads), an ``.npz``, or one of the
-            sets "digits" and "s-curve", which need scikit-learn.
+            sets "digits" and "s-curve", which need scikit-learn. For a network with ``num_class_embeds`` with
+            labels, see `data.load`.
         updates: of the optimizer, in all.
         batch: images an update, over all processes.
         accumulate: parts of the batch, one after the other, whose gradients are added up.
@@ -83,7 +84,11 @@ class Config:
         precision: "float32", or "bfloat16": the forward pass under autocast.
         compile: one compiled graph an update, see `TrainStep`. "auto": on the CPU for the MLP, where there is
             a C++ compiler.
-        times: how t is drawn, "uniform" or "antithetic".
+        times: how t is drawn: "uniform", "antithetic", or "second_moment", in proportion to the root mean
+            square of its last losses (see `losses.SecondMomentSampler`).
+        label_dropout: the probability that an image is given to a network with classes without its own, as of
+            class ``num_class_embeds - 1``, which is then none of the data's: for classifier-free guidance (Ho
+            & Salimans 2022, arXiv 2207.12598).
         flip: mirror every other image left to right, at random.
         crop: images of other sizes are shrunk or enlarged to cover the network's, and cut about the centre.
             False: they are an error.
@@ -110,6 +115,7 @@ class Config:
     precision: str = "float32"
     compile: bool | str = "auto"
     times: str = "uniform"
+    label_dropout: float = 0.0
     flip: bool = False
     crop: bool = False
     ema: tuple[float, ...] = (0.9999,)
@@ -132,7 +138,10 @@ class Config:
         check_int("seed", self.seed, 0, 2**63 - 1)
         _choice("precision", self.precision, ("float32", "bfloat16"))
         _choice("compile", self.compile, (True, False, "auto"))
-        _choice("times", self.times, ("uniform", "antithetic"))
+        _choice("times", self.times, ("uniform", "antithetic", "second_moment"))
+        if self.times == "second_moment" and self.compile is True:
+            raise ValueError("times='second_moment' learns from each loss: compile must be 'auto' or false")
+        _number(self, "label_dropout", lambda p: 0 <= p < 1, "in [0, 1)")
         for name in ("flip", "crop"):
             _choice(name, getattr(self, name), (True, False))
         if not isinstance(self.data, str):
@@ -142,8 +151,12 @@ class Config:
             raise ValueError(f"batch must be a multiple of accumulate={self.accumulate}, got {self.batch}")
         if self.unet is not None and self.mlp is not None:
             raise ValueError("a config has [unet] or [mlp], not both")
-        if self.unet is not None and self.unet.num_class_embeds is not None:
-            raise ValueError("unet.num_class_embeds: the trainer has no labels, so it must be left out")
+        embeds = None if self.unet is None else self.unet.num_class_embeds
+        if self.label_dropout and (self.unet or self.mlp) and (embeds is None or embeds < 2):
+            raise ValueError(
+                "label_dropout needs unet.num_class_embeds, of the data's classes and one more; "
+                f"got {'none' if embeds is None else embeds}"
+            )
         if not isinstance(self.schedule, Mapping):
             raise TypeError(f"[schedule] must be a table of keys, got {self.schedule!r}")
         _choice("schedule.kind", self.schedule.get("kind"), SCHEDULES)

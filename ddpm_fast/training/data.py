@@ -22,23 +22,37 @@ IN_MEMORY = 2**31
 
 
 class Images(Protocol):
-    """``shape`` of one; ``take(indices)``: those, float32 (B, *shape) in [-1, 1]."""
+    """``shape`` of one; ``take(indices)``: those, float32 (B, *shape) in [-1, 1].
+
+    ``labels`` of all, int64 (N,), and the ``classes``' names, None where there are none.
+    ``take_labelled(indices)``: `take`, and their labels (B,).
+    """
 
     shape: tuple[int, ...]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
 
     def __len__(self) -> int: ...
 
     def take(self, indices: Tensor) -> Tensor: ...
+
+    def take_labelled(self, indices: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class InMemory:
     """uint8 (N, C, H, W), or floating (N, ...) as it is to be learned, on the device that trains.
 
     Raises:
-        TypeError, ValueError: of another kind; empty; not finite.
+        TypeError, ValueError: of another kind; empty; not finite; labels that are not int64 (N,) from 0 on.
     """
 
-    def __init__(self, images: Tensor, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        device: torch.device | None = None,
+        labels: Tensor | None = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
         if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be a uint8 or floating Tensor, got {kind}")
@@ -46,7 +60,10 @@ class InMemory:
             raise ValueError(f"images must be (N, ...), not empty, got shape {tuple(images.shape)}")
         if images.is_floating_point() and not bool(images.isfinite().all()):
             raise ValueError("images must be finite")
-        self.shape = tuple(images.shape[1:])
+        if labels is not None:
+            _check_labels(labels, len(images))
+            labels = labels.to(device)
+        self.shape, self.labels, self.classes = tuple(images.shape[1:]), labels, classes
         self._images = images.to(device) if images.dtype == torch.uint8 else images.to(device, torch.float32)
 
     def __len__(self) -> int:
@@ -56,24 +73,48 @@ class InMemory:
         chosen = self._images.index_select(0, indices.to(self._images.device, non_blocking=True))
         return _scaled(chosen)
 
+    def take_labelled(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        labels = self.labels.index_select(0, indices.to(self.labels.device, non_blocking=True))
+        return self.take(indices), labels
+
 
 class Streamed:
     """Of a folder whose images are too many to keep: decoded by threads when they are taken."""
 
     def __init__(self, folder: Folder, tell: Tell, threads: int = 8) -> None:
         self.folder, self.shape, self._tell = folder, folder.shape, tell
+        self.labels = None if folder.labels is None else torch.tensor(folder.labels)
+        self.classes = folder.classes
         self._pool = ThreadPoolExecutor(threads)
 
     def __len__(self) -> int:
         return len(self.folder.files)
 
     def take(self, indices: Tensor) -> Tensor:
-        images = list(self._pool.map(lambda k: self.folder.image_or_next(k, self._tell), indices.tolist()))
-        return _scaled(torch.from_numpy(np.stack(images)))
+        return self._decoded(indices)[0]
+
+    def take_labelled(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        images, taken = self._decoded(indices)
+        return images, self.labels[taken]
+
+    def _decoded(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._pool.map(lambda k: self.folder.image_or_next(k, self._tell), indices.tolist())
+        images, taken = zip(*found, strict=True)
+        return _scaled(torch.from_numpy(np.stack(images))), torch.tensor(taken)
 
 
 def _scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+def _check_labels(labels: Tensor, count: int) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
+        given = (
+            f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        )
+        raise TypeError(f"labels must be an int64 Tensor of shape ({count},), one an image, got {given}")
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels must be at least 0, got {int(labels.min())}")
 
 
 def load(
@@ -83,6 +124,7 @@ def load(
     size: tuple[int, int] | None,
     crop: bool,
     strict: bool,
+    labelled: bool,
     device: torch.device,
     tell: Tell,
 ) -> Images:
@@ -94,31 +136,40 @@ def load(
         size: (height, width) of the network, None for any.
         crop: see `Config`.
         strict: a file that cannot be read is an error. Else it is named, and left out.
+        labelled: whether labels are wanted: of a folder of folders, one a class, in the order of their names;
+            an npz's ``labels``, or ``arr_1`` as OpenAI's have it; a set's own.
         tell: takes what there is to say of such files.
 
     Raises:
         FileNotFoundError: there is no such source, or a folder without images.
         ValueError: images of more than one size, or of another than the network's, unless they are cropped;
-            a damaged npz; with ``strict``, a file that cannot be read.
+            a damaged npz; with ``strict``, a file that cannot be read; with ``labelled``, no labels.
         ImportError: a set whose library is not installed.
     """
     if source in SETS:
-        return InMemory(SETS[source](), device)
+        images, labels = SETS[source]()
+        if labelled and labels is None:
+            raise ValueError(f"data: {source!r} has no labels, which a network with classes learns from")
+        return InMemory(images, device, labels if labelled else None)
     path = Path(source)
     if path.suffix.lower() == ".npz":
-        return InMemory(_npz(path), device)
+        return InMemory(*_npz(path, labelled, device))
     if not source or not path.is_dir():
         sets = ", ".join(map(repr, SETS))
         given = f"{source!r} is neither a folder nor an .npz" if source else "none was given"
         raise FileNotFoundError(f"data: {given}; allowed: a folder of images, FILE.npz, or {sets}")
-    folder = find(path, channels=channels, size=size, crop=crop, strict=strict, tell=tell)
+    folder = find(path, channels=channels, size=size, crop=crop, strict=strict, labelled=labelled, tell=tell)
     if len(folder.files) * int(np.prod(folder.shape)) > IN_MEMORY:
         return Streamed(folder, tell)
-    return InMemory(read(folder, tell), device)
+    images, labels = read(folder, tell)
+    return InMemory(images, device, labels, folder.classes)
 
 
-def _npz(path: Path) -> Tensor:
-    """Its only array, or ``arr_0``: uint8 (N, H, W, C) or (N, H, W), as OpenAI's are; floating as it is."""
+def _npz(path: Path, labelled: bool, device: torch.device) -> tuple[Tensor, torch.device, Tensor | None]:
+    """Its only array, or ``arr_0``: uint8 (N, H, W, C) or (N, H, W), as OpenAI's are; floating as it is.
+
+    And the integers of ``labels``, or ``arr_1``.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"data: {path} is not a file")
     try:
@@ -127,17 +178,27 @@ def _npz(path: Path) -> Tensor:
             if name not in arrays.files:
                 raise ValueError(f"it has {', '.join(arrays.files) or 'no arrays'}, and no arr_0")
             array = arrays[name]
+            kept = next((arrays[name] for name in ("labels", "arr_1") if labelled and name in arrays), None)
     except (ValueError, BadZipFile, OSError, EOFError) as error:
         raise ValueError(f"data: {path} cannot be read: {error}") from error
+    labels = None
+    if labelled:
+        if kept is None or kept.dtype.kind not in "iu" or kept.shape != array.shape[:1]:
+            given = "none" if kept is None else f"{kept.dtype} {kept.shape}"
+            raise ValueError(
+                f"data: {path} must hold labels, or arr_1: integers ({len(array)},), one an image, for a "
+                f"network with classes; got {given}"
+            )
+        labels = torch.from_numpy(kept.astype(np.int64))
     if array.dtype == np.uint8 and array.ndim in (3, 4):
         array = array[..., None] if array.ndim == 3 else array
-        return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))), device, labels
     if array.dtype.kind != "f":
         raise ValueError(
             f"data: {path} must hold uint8 (N, H, W, C), or floating (N, C, H, W) in [-1, 1]; "
             f"got {array.dtype} {array.shape}"
         )
-    return torch.from_numpy(array)
+    return torch.from_numpy(array), device, labels
 
 
 # Sets by name
@@ -169,4 +230,7 @@ def _sklearn(name: str) -> Any:
         raise ImportError("this set needs scikit-learn: pip install 'ddpm_fast[examples]'") from error
 
 
-SETS: dict[str, Callable[[], Tensor]] = {"digits": lambda: digits()[0][0], "s-curve": s_curve}
+SETS: dict[str, Callable[[], tuple[Tensor, Tensor | None]]] = {
+    "digits": lambda: digits()[0],
+    "s-curve": lambda: (s_curve(), None),
+}

@@ -8,12 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..losses import antithetic, uniform
+from ..losses import SecondMomentSampler, antithetic, uniform
 
 __all__ = ["Batch", "Draws", "stream_seed"]
 
-ORDER, TIMES, FLIPS, LAYERS = range(4)
-"""Who draws: the order of the images, the times, the flips, and what the model draws itself (dropout)."""
+ORDER, TIMES, FLIPS, LAYERS, LABELS = range(5)
+"""Who draws: the order of the images, the times, the flips, what the model draws itself (dropout), and which
+labels are dropped."""
 
 _MASK = 2**64 - 1
 
@@ -22,13 +23,13 @@ _MASK = 2**64 - 1
 class Batch:
     """Of one update, over all processes. `first` is the running number of its first image.
 
-    ``indices`` (B,) int64, which images; ``t`` (B,) int64; ``flip`` (B,) bool or None.
+    ``indices`` (B,) int64, which images; ``flip`` and ``unlabelled`` (B,) bool or None.
     """
 
     first: int
     indices: Tensor
-    t: Tensor
     flip: Tensor | None
+    unlabelled: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Draws:
     Attributes:
         count: of the images.
         T: of the times.
-        times: "uniform" or "antithetic".
+        times: "uniform", "antithetic" or "second_moment".
+        label_dropout: the probability that an image's label is dropped.
     """
 
     seed: int
@@ -47,15 +49,28 @@ class Draws:
     T: int
     times: str
     flip: bool
+    label_dropout: float = 0.0
 
     def __call__(self, update: int) -> Batch:
         first = update * self.batch
+        flip = self._chosen(FLIPS, update, 0.5) if self.flip else None
+        unlabelled = self._chosen(LABELS, update, self.label_dropout) if self.label_dropout else None
+        return Batch(first, self._indices(first), flip, unlabelled)
+
+    def times_of(
+        self, update: int, sampler: SecondMomentSampler | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """t (B,) int64, and the weight (B,) of each loss, None for 1.
+
+        By the ``sampler``, where the times are "second_moment", as it is now: after the update before.
+        """
+        if sampler is not None:
+            return sampler(self.batch, generator=_generator(self.seed, TIMES, update, sampler.counts.device))
         draw = antithetic if self.times == "antithetic" else uniform
-        t = draw(self.batch, self.T, generator=_generator(self.seed, TIMES, update))
-        flip = None
-        if self.flip:
-            flip = torch.rand(self.batch, generator=_generator(self.seed, FLIPS, update)) < 0.5
-        return Batch(first, self._indices(first), t, flip)
+        return draw(self.batch, self.T, generator=_generator(self.seed, TIMES, update)), None
+
+    def _chosen(self, stream: int, update: int, probability: float) -> Tensor:
+        return torch.rand(self.batch, generator=_generator(self.seed, stream, update)) < probability
 
     def _indices(self, first: int) -> Tensor:
         parts, end = [], first + self.batch
@@ -78,8 +93,8 @@ def stream_seed(seed: int, stream: int, number: int) -> int:
     return state
 
 
-def _generator(seed: int, stream: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(stream_seed(seed, stream, number))
+def _generator(seed: int, stream: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(stream_seed(seed, stream, number))
 
 
 @lru_cache(maxsize=2)

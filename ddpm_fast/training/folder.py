@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,16 @@ class Folder:
         shape: (C, H, W), what each is decoded to.
         crop: whether images of other sizes are made to fit.
         strict: whether a file that cannot be decoded is an error.
+        labels: of each file, where they were asked for: its place in `classes`.
+        classes: names of the folders just below the one that was searched, in order.
     """
 
     files: tuple[Path, ...]
     shape: tuple[int, int, int]
     crop: bool
     strict: bool
+    labels: tuple[int, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     def image(self, k: int) -> np.ndarray:
         """uint8 ``shape``. Raises Unreadable."""
@@ -51,11 +55,12 @@ class Folder:
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
-    def image_or_next(self, k: int, tell: Tell) -> np.ndarray:
-        """Image k; in place of one that is damaged, the next that is not. With strict a ValueError."""
+    def image_or_next(self, k: int, tell: Tell) -> tuple[np.ndarray, int]:
+        """Image k, and k; in place of one that is damaged, the next that is not. With strict a ValueError."""
         for j in range(k, k + len(self.files)):
+            j %= len(self.files)
             try:
-                return self.image(j % len(self.files))
+                return self.image(j), j
             except Unreadable as error:
                 if self.strict:
                     raise ValueError(f"data: cannot be read: {error}") from error
@@ -70,6 +75,7 @@ def find(
     size: tuple[int, int] | None,
     crop: bool,
     strict: bool,
+    labelled: bool,
     tell: Tell,
 ) -> Folder:
     """Every image below a folder, by its name's ending; each is opened for its size. See `data.load`."""
@@ -79,6 +85,7 @@ def find(
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
     if not files:
         raise FileNotFoundError(f"data: {path} holds no images (of the formats that Pillow reads)")
+    classes = _classes(path, files) if labelled else None
     with ThreadPoolExecutor(8) as pool:
         sizes = dict(zip(files, pool.map(_size, files), strict=True))
     _tell_unreadable([found for found in sizes.values() if isinstance(found, str)], strict, tell)
@@ -94,11 +101,24 @@ def find(
                 f"data: {file} is {width} x {height} (width x height), {what} {wanted[1]} x {wanted[0]}: "
                 "with crop=true images are made to fit"
             )
-    return Folder(tuple(sizes), (channels, *wanted), crop, strict)
+    found = Folder(tuple(sizes), (channels, *wanted), crop, strict)
+    if classes is None:
+        return found
+    labels = tuple(classes.index(file.relative_to(path).parts[0]) for file in found.files)
+    return replace(found, labels=labels, classes=classes)
 
 
-def read(folder: Folder, tell: Tell) -> Tensor:
-    """All that can be decoded, uint8 (N, C, H, W)."""
+def _classes(path: Path, files: list[Path]) -> tuple[str, ...]:
+    for file in files:
+        if file.parent == path:
+            raise ValueError(
+                f"data: {file} is of no class: a network with classes takes folders of images, one a class"
+            )
+    return tuple(sorted({file.relative_to(path).parts[0] for file in files}))
+
+
+def read(folder: Folder, tell: Tell) -> tuple[Tensor, Tensor | None]:
+    """All that can be decoded, uint8 (N, C, H, W), and its labels, int64 (N,)."""
 
     def decoded(k: int) -> np.ndarray | str:
         try:
@@ -112,7 +132,11 @@ def read(folder: Folder, tell: Tell) -> Tensor:
     images = [image for image in found if not isinstance(image, str)]
     if not images:
         raise FileNotFoundError(f"data: of the {len(found)} images none can be read")
-    return torch.from_numpy(np.stack(images))
+    labels = None
+    if folder.labels is not None:
+        pairs = zip(found, folder.labels, strict=True)
+        labels = torch.tensor([label for image, label in pairs if not isinstance(image, str)])
+    return torch.from_numpy(np.stack(images)), labels
 
 
 def _size(file: Path) -> tuple[int, int] | str:

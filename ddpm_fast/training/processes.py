@@ -32,6 +32,14 @@ class Processes:
             values /= self.count
         return values
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """All processes' values, (count, *shape), the same in each."""
+        if self.count == 1:
+            return values[None]
+        found = [torch.empty_like(values) for _ in range(self.count)]
+        dist.all_gather(found, values.contiguous())
+        return torch.stack(found)
+
     def wait(self) -> None:
         if self.count > 1:
             dist.barrier()

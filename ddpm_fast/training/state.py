@@ -2,7 +2,8 @@
 
     checkpoints/00001000/config.json, model.safetensors    as `checkpoint.save` writes them: the first average
                          training.json                     the update, the config, what it was trained on
-                         training.safetensors              weights, the optimizer's state, other averages
+                         training.safetensors              weights, the optimizer's state, other averages,
+                                              the losses by which times are drawn
 
 Of a model that is not a `UNet` there is no config.json. Nothing is a pickle.
 """
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import checkpoint, files
+from ..losses import SecondMomentSampler
 from ..schedule import Schedule
 from ..unet import UNet
 from .config import Config
@@ -34,11 +36,12 @@ FORMAT, VERSION = "ddpm_fast training", 1
 
 @dataclass(frozen=True)
 class Members:
-    """All that changes in a run. `averages` may be empty."""
+    """All that changes in a run. `averages` may be empty; `times` is what learns how to draw them."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     averages: tuple[Ema, ...]
+    times: SecondMomentSampler | None = None
 
     @property
     def result(self) -> nn.Module:
@@ -53,6 +56,8 @@ class Members:
             found |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for k, average in enumerate(self.averages[1:], 1):
             found |= {f"ema.{k}.{name}": value for name, value in average.model.state_dict().items()}
+        if self.times is not None:
+            found |= {f"times.{name}": value for name, value in self.times.state_dict().items()}
         for parameter, state in self.optimizer.state.items():
             found |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
         return found

@@ -49,6 +49,8 @@ class TrainStep:
         compile: trace and compile, which takes some seconds for a small network and far longer for a U-Net.
             The second update raises what inductor raises where there is no C++ compiler.
         autocast: the dtype of ``torch.autocast`` around the model, bfloat16 or None.
+        observe: is given t and each sample's loss, unweighted and detached, of every part of an update. Not
+            with ``compile``.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind; an optimizer, or an option of it, that ``compile``
@@ -64,6 +66,7 @@ class TrainStep:
         clip: float | None = None,
         compile: bool = False,
         autocast: torch.dtype | None = None,
+        observe: Callable[[Tensor, Tensor], object] | None = None,
     ) -> None:
         for name, value, kind in (
             ("model", model, nn.Module),
@@ -78,9 +81,11 @@ class TrainStep:
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be None or bfloat16, got {autocast}")
         if compile:
+            if observe is not None:
+                raise ValueError("compile=True takes no observe: the losses of the samples stay in the graph")
             _check_adam(optimizer)
         self.model, self.loss, self.optimizer, self.clip, self.compile = model, loss, optimizer, clip, compile
-        self.autocast = autocast
+        self.autocast, self.observe = autocast, observe
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._compiled: dict[Any, _Compiled] = {}
 
@@ -156,6 +161,8 @@ class TrainStep:
         """The loss that is descended, 0-d."""
         with torch.autocast(x0.device.type, self.autocast, enabled=self.autocast is not None):
             losses = self.loss(model, x0, t, **given)
+        if self.observe is not None:
+            self.observe(t, losses.detach())
         return (losses if weight is None else weight * losses).mean()
 
 

@@ -7,11 +7,10 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .. import pictures
+from ..losses import SecondMomentSampler
 from ..ops import _dispatch
 from ..sampler import Sampler, to_uint8
 from ..threads import worthwhile
 from ..unet import UNet
 from . import data, points, state
+from .batches import Batches, Part
 from .config import Config
 from .draws import LAYERS, Draws, stream_seed
 from .ema import Ema
@@ -34,14 +35,6 @@ from .step import TrainStep
 __all__ = ["Trainer"]
 
 SAMPLES_AT_A_TIME = 256
-
-
-class Part(NamedTuple):
-    """What one process sees of an update at a time: x0 (b, ...), t (b,), the running number of the first."""
-
-    x0: Tensor
-    t: Tensor
-    first: int
 
 
 class Trainer:
@@ -61,6 +54,7 @@ class Trainer:
         processes: see `joined`; the batch is split over them.
         model: to train, where the config has none; with the weights to begin with, the same in each process.
         images: (N, ...) floating in [-1, 1], or uint8 (N, C, H, W), in place of the config's ``data``.
+        labels: (N,) int64, their classes, for a network that has some.
         resume: "auto": go on from the last checkpoint in ``out``, if there is one; or the folder of one.
             None: begin, in a folder without any.
         strict: an image that cannot be read is an error, rather than left out.
@@ -86,6 +80,7 @@ class Trainer:
         processes: Processes | None = None,
         model: nn.Module | None = None,
         images: Tensor | None = None,
+        labels: Tensor | None = None,
         resume: str | PathLike[str] | None = None,
         strict: bool = False,
         bar: bool = True,
@@ -110,7 +105,9 @@ class Trainer:
             model = config.make_model() if model is None else model
         layout = {"memory_format": torch.channels_last} if isinstance(model, UNet) else {}
         model = model.to(self.device, **layout).train()
-        self.images = self._load(images, strict)
+        embeds = model.config.num_class_embeds if isinstance(model, UNet) else None
+        self._classes = embeds and embeds - (config.label_dropout > 0)
+        self.images = self._load(images, labels, strict)
         self._check_fit(model)
 
         kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.Adam
@@ -122,7 +119,10 @@ class Trainer:
             fused=True,
         )
         averages = tuple(Ema(model, rate) for rate in config.ema)
-        self._members = state.Members(model, optimizer, averages)
+        times = None
+        if config.times == "second_moment":
+            times = SecondMomentSampler(len(self.schedule), device=self.device)
+        self._members = state.Members(model, optimizer, averages, times)
         self._check_room()
         self.update = 0
         if found is not None:
@@ -137,14 +137,31 @@ class Trainer:
             clip=config.optimizer.clip,
             compile=self._compiles(),
             autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+            observe=None if times is None else lambda t, losses: self._losses.append(losses),
         )
         self._draws = Draws(
-            config.seed, len(self.images), config.batch, len(self.schedule), config.times, config.flip
+            config.seed,
+            len(self.images),
+            config.batch,
+            len(self.schedule),
+            config.times,
+            config.flip,
+            config.label_dropout,
+        )
+        self._batches = Batches(
+            self.images,
+            self._draws,
+            self.processes,
+            config.accumulate,
+            None if self._classes is None else embeds - 1,
+            self.device,
+            layout.get("memory_format", torch.contiguous_format),
         )
         self._sampler = Sampler(self.model, self.schedule, **config.settings())
         if self.processes.first:
             (self.out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self._unread: list[Tensor] = []  # loss and norm of the updates since the log's last line
+        self._losses: list[Tensor] = []  # of the samples of this update's parts
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -156,6 +173,11 @@ class Trainer:
     def model(self) -> nn.Module:
         """What is sampled from: the first average of the weights, or the weights themselves."""
         return self._members.result
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss of the update before, 0-d, on the device; of this process's images."""
+        return self._unread[-1][0]
 
     def fit(self) -> nn.Module:
         """Train to the config's last update; returns `model`.
@@ -172,8 +194,8 @@ class Trainer:
             on.callback(log.close)
             on.enter_context(torch.random.fork_rng(devices=cuda))
             sample = torch.empty(1, *self.images.shape, device=self.device)
-            size = config.batch // (config.accumulate * self.processes.count)
-            on.enter_context(worthwhile(self._members.model, sample.expand(size, *self.images.shape)))
+            part = sample.expand(self._batches.size, *self.images.shape)
+            on.enter_context(worthwhile(self._members.model, part))
             for done in self.updates():
                 last = done == config.updates
                 saves = last or done % config.checkpoint_every == 0
@@ -198,10 +220,10 @@ class Trainer:
 
         It seeds torch's default generators, which what the model draws itself depends on.
         """
-        for update, parts in self._batches(self.update):
+        for update, parts in self._batches(range(self.update, self.config.updates)):
             self._set_rate(update)
             self._draw_layers(update)
-            self._unread.append(torch.stack(self._descend(parts)))
+            self._unread.append(torch.stack(self._descend(update, parts)))
             for average in self._members.averages:
                 average.update(update)
             self.update = update + 1
@@ -216,24 +238,33 @@ class Trainer:
             keep=self.config.keep,
             config=self.config,
             schedule=self.schedule,
-            info={"images": {"count": len(self.images), "shape": list(self.images.shape)}},
+            info={"images": self._seen()},
         )
 
     def draw(self) -> Path | None:
-        """Write a picture of samples as they are now; returns its file. None for what is no picture."""
+        """Write a picture of samples as they are now; returns its file. None for what is no picture.
+
+        Of a network with classes they are of each in turn, a column a class.
+        """
         shape = self.images.shape
         is_image = len(shape) == 3 and shape[0] in (1, 3, 4)
         if not is_image and shape != (2,):
             return None
-        at_a_time = SAMPLES_AT_A_TIME if is_image else self.config.samples
-        x = torch.cat(
-            [
-                self._sampler(min(at_a_time, self.config.samples - k), shape=shape, seed=0, first_image=k)
-                for k in range(0, self.config.samples, at_a_time)
-            ]
-        ).cpu()
+        count = self.config.samples
+        at_a_time = SAMPLES_AT_A_TIME if is_image else count
+        classes, columns, drawn = self._classes, None, []
+        if classes is not None and classes <= count:
+            columns = classes  # one each
+        for k in range(0, count, at_a_time):
+            size = min(at_a_time, count - k)
+            of_class = {}
+            if classes is not None:
+                of_class["class_labels"] = torch.arange(k, k + size, device=self.device) % classes
+            drawn.append(self._sampler(size, shape=shape, seed=0, first_image=k, **of_class).cpu())
+        x = torch.cat(drawn)
         path = self.out / "samples" / f"{self.update:08}.png"
-        pictures.write(to_uint8(x) if is_image else points.picture(x)[None], path, "png-grid")
+        pixels = to_uint8(x) if is_image else points.picture(x)[None]
+        pictures.write(pixels, path, "png-grid", columns=columns)
         return path
 
     # Before the first update
@@ -256,9 +287,15 @@ class Trainer:
         self.processes.wait()  # the first one clears away what was left half written
         return found if self.processes.first else state.newest(checkpoints, lambda text: None)
 
-    def _load(self, images: Tensor | None, strict: bool) -> data.Images:
+    def _load(self, images: Tensor | None, labels: Tensor | None, strict: bool) -> data.Images:
+        labelled = self._classes is not None
+        if labels is not None and (images is None or not labelled):
+            what = "go with images" if images is None else "are for a U-Net with num_class_embeds"
+            raise ValueError(f"labels {what}, of which there is none")
         if images is not None:
-            return data.InMemory(images, self.device)
+            if labelled and labels is None:
+                raise ValueError("labels must be given with images, for a U-Net with num_class_embeds")
+            return data.InMemory(images, self.device, labels)
         unet = self.config.unet
         size = unet.sample_size if unet is not None else None
         return data.load(
@@ -267,6 +304,7 @@ class Trainer:
             size=(size, size) if isinstance(size, int) else size,
             crop=self.config.crop,
             strict=strict,
+            labelled=labelled,
             device=self.device,
             tell=self._tell,
         )
@@ -279,6 +317,14 @@ class Trainer:
             wanted = (model.config.in_channels, *shape[1:])
         if wanted is not None and tuple(wanted) != shape:
             raise ValueError(f"data: what is learned has shape {shape}, the network's is {tuple(wanted)}")
+        if self.config.label_dropout and self._classes is None:
+            raise ValueError("label_dropout is for a U-Net with num_class_embeds, which the model is not")
+        if self._classes is not None and int(self.images.labels.max()) >= self._classes:
+            beside = ", beside the one that stands for none" if self.config.label_dropout else ""
+            raise ValueError(
+                f"data: its labels go up to {int(self.images.labels.max())}, the network has {self._classes} "
+                f"classes from 0 on{beside}"
+            )
         if self.config.flip and len(shape) < 2:
             raise ValueError("flip is for images: points have no left and right")
 
@@ -295,11 +341,16 @@ class Trainer:
 
     def _resume(self, found: state.State) -> None:
         self.config.check_same_run(found.info["config"])
-        seen = {"count": len(self.images), "shape": list(self.images.shape)}
+        seen = self._seen()
         if found.info["images"] != seen:
             raise ValueError(f"data: the run had {found.info['images']}, now it is {seen}: not the same run")
         found.restore(self._members)
         self.update = found.update
+
+    def _seen(self) -> dict[str, Any]:
+        """What a checkpoint says of the images."""
+        seen = {"count": len(self.images), "shape": list(self.images.shape)}
+        return seen | ({} if self.images.classes is None else {"classes": list(self.images.classes)})
 
     def _compiles(self) -> bool:
         """Whether an update is one compiled graph."""
@@ -310,7 +361,8 @@ class Trainer:
             return bool(self.config.compile)
         small = isinstance(self._members.model, points.EmbeddingMLP) and self.device.type == "cpu"
         alone = self.processes.count == 1 and self.config.accumulate == 1
-        return small and alone and _dispatch.NATIVE_MISSING is None
+        learns = self.config.times == "second_moment"
+        return small and alone and not learns and _dispatch.NATIVE_MISSING is None
 
     def _tell(self, text: str) -> None:
         if self.processes.first:
@@ -318,49 +370,36 @@ class Trainer:
 
     # One update
 
-    def _batches(self, first: int) -> Iterator[tuple[int, list[Part]]]:
-        """Every update from ``first`` on, and this process's parts; files are read one update ahead."""
-        updates = range(first, self.config.updates)
-        if not isinstance(self.images, data.Streamed):
-            yield from ((update, self._parts(update)) for update in updates)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self._parts, first) if updates else None
-            for update in updates:
-                parts = ahead.result()
-                ahead = pool.submit(self._parts, update + 1) if update + 1 in updates else None
-                yield update, parts
-
-    def _parts(self, update: int) -> list[Part]:
-        batch, processes = self._draws(update), self.processes
-        size = self.config.batch // (self.config.accumulate * processes.count)
-        parts = []
-        for k in range(self.config.accumulate):
-            first = (k * processes.count + processes.rank) * size
-            rows = slice(first, first + size)
-            x0 = self.images.take(batch.indices[rows]).to(self.device, non_blocking=True)
-            if batch.flip is not None:
-                flip = batch.flip[rows].to(self.device, non_blocking=True)
-                x0 = torch.where(flip.reshape(-1, *[1] * (x0.dim() - 1)), x0.flip(-1), x0)
-            if isinstance(self._members.model, UNet):
-                x0 = x0.contiguous(memory_format=torch.channels_last)
-            t = batch.t[rows].to(self.device, non_blocking=True)
-            parts.append(Part(x0, t, batch.first + first))
-        return parts
-
-    def _descend(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
+    def _descend(self, update: int, parts: list[Part]) -> tuple[Tensor, Tensor]:
         """The mean loss, and the norm of the gradients."""
-        given = [(part.x0, part.t, {"seed": self.config.seed, "image_index": part.first}) for part in parts]
+        t, weight = self._draws.times_of(update, self._members.times)
+        given = []
+        for part in parts:
+            more = {"class_labels": part.labels, "weight": None if weight is None else weight[part.rows]}
+            given.append(
+                {
+                    "x0": part.x0,
+                    "t": t[part.rows].to(self.device, non_blocking=True),
+                    "seed": self.config.seed,
+                    "image_index": part.first,
+                    **{name: value for name, value in more.items() if value is not None},
+                }
+            )
         if len(given) == 1:
-            x0, t, counter = given[0]
-            return self._step(x0, t, **counter)
-        losses = []
-        for k, (x0, t, counter) in enumerate(given):
-            with ExitStack() as on:
-                if self.processes.count > 1 and k < len(given) - 1:
-                    on.enter_context(self._step.model.no_sync())  # the last one's exchange is of all
-                losses.append(self._step.backward(x0, t, share=1 / len(given), **counter))
-        return torch.stack(losses).sum(), self._step.finish()
+            found = self._step(**given[0])
+        else:
+            losses = []
+            for k, arguments in enumerate(given):
+                with ExitStack() as on:
+                    if self.processes.count > 1 and k < len(given) - 1:
+                        on.enter_context(self._step.model.no_sync())  # the last one's exchange is of all
+                    losses.append(self._step.backward(share=1 / len(given), **arguments))
+            found = torch.stack(losses).sum(), self._step.finish()
+        if self._members.times is not None:
+            losses = self.processes.gathered(torch.stack(self._losses))  # (processes, parts, b)
+            self._losses.clear()
+            self._members.times.update(t, losses.transpose(0, 1).flatten())
+        return found
 
     def _set_rate(self, update: int) -> None:
         rate = self.config.optimizer.rate(update, self.config.updates)

@@ -55,7 +55,9 @@ struct Conv3x3 {
 
   // ---- weights ----
 
-  static void pack(const Conv3x3Plan& plan, const float* weight, int64_t first, int64_t last, float* packed) {
+  static void pack(
+      const Conv3x3Plan& plan, const Conv3x3Weight<const float>& weight, int64_t first, int64_t last,
+      float* packed) {
     const int64_t channels = plan.in_channels;
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t k = panel * kPanel;
@@ -63,7 +65,7 @@ struct Conv3x3 {
       for (int64_t c = 0; c < channels; ++c) {
         float taps[9][kPanel] = {};
         for (int64_t l = 0; l < width; ++l) {
-          for (int t = 0; t < 9; ++t) taps[t][l] = weight[((k + l) * channels + c) * 9 + t];
+          for (int t = 0; t < 9; ++t) taps[t][l] = *weight.at(k + l, c, t);
         }
         for (int half = 0; half < 2; ++half) {
           const auto tap = [&](int t) { return load(taps[t] + half * kLanes); };

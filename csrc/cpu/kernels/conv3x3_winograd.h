@@ -61,6 +61,10 @@ template <>
 struct Winograd<4> {
   static constexpr int kSize = 6, kProducts = 6;
   static constexpr float p = 5.0f / 8, q = 3.0f / 2, pp = p * p, qq = q * q;  // exact, with their products
+  static constexpr double n0 = 1 / (5.0 / 8 * 5 / 8 * 3 / 2 * 3 / 2);  // 1 / prod (a_i - a_j), by point
+  static constexpr double np = 1 / (2 * 5.0 / 8 * 5 / 8 * (5.0 / 8 * 5 / 8 - 9.0 / 4));
+  static constexpr double nq = 1 / (2 * 9.0 / 4 * (9.0 / 4 - 5.0 / 8 * 5 / 8));
+  static constexpr float np0 = np, np1 = np * p, np2 = np * pp, nq0 = nq, nq1 = nq * q, nq2 = nq * qq;
 
   static inline void input(const Float (&d)[6], Float (&v)[6]) {
     const Float even_p = d[4] - qq * d[2], odd_p = p * (d[3] - qq * d[1]);
@@ -74,10 +78,6 @@ struct Winograd<4> {
   }
 
   static inline void weight(const Float (&g)[3], Float (&u)[6]) {
-    constexpr double n0 = 1 / (5.0 / 8 * 5 / 8 * 3 / 2 * 3 / 2);  // 1 / prod (a_i - a_j), by point
-    constexpr double np = 1 / (2 * 5.0 / 8 * 5 / 8 * (5.0 / 8 * 5 / 8 - 9.0 / 4));
-    constexpr double nq = 1 / (2 * 9.0 / 4 * (9.0 / 4 - 5.0 / 8 * 5 / 8));
-    constexpr float np0 = np, np1 = np * p, np2 = np * pp, nq0 = nq, nq1 = nq * q, nq2 = nq * qq;
     const Float even_p = np0 * g[0] + np2 * g[2], odd_p = np1 * g[1];
     const Float even_q = nq0 * g[0] + nq2 * g[2], odd_q = nq1 * g[1];
     u[0] = static_cast<float>(n0) * g[0];
@@ -95,6 +95,27 @@ struct Winograd<4> {
     y[1] = p * odd_p + q * odd_q;
     y[2] = pp * even_p + qq * even_q;
     y[3] = p * pp * odd_p + (q * qq * odd_q + m[5]);
+  }
+
+  // The transposes, for gradients.
+
+  static inline void output_transposed(const Float (&y)[4], Float (&m)[6]) {
+    const Float even_p = y[0] + pp * y[2], odd_p = p * (y[1] + pp * y[3]);
+    const Float even_q = y[0] + qq * y[2], odd_q = q * (y[1] + qq * y[3]);
+    m[0] = y[0];
+    m[1] = even_p + odd_p;
+    m[2] = even_p - odd_p;
+    m[3] = even_q + odd_q;
+    m[4] = even_q - odd_q;
+    m[5] = y[3];
+  }
+
+  static inline void weight_transposed(const Float (&u)[6], Float (&g)[3]) {
+    const Float even_p = u[1] + u[2], odd_p = u[1] - u[2];
+    const Float even_q = u[3] + u[4], odd_q = u[3] - u[4];
+    g[0] = static_cast<float>(n0) * u[0] + (np0 * even_p + nq0 * even_q);
+    g[1] = np1 * odd_p + nq1 * odd_q;
+    g[2] = np2 * even_p + (nq2 * even_q + u[5]);
   }
 };
 

@@ -36,6 +36,13 @@ struct TwoMulHiLo {
   }
 };
 
+// first, first + 1, ..., in store_quads' order of lanes.
+inline Two counters(uint32_t first) {
+  UInt quads;
+  for (int lane = 0; lane < kLanes; ++lane) quads[lane] = first + quad_of(lane);
+  return {{quads, quads + kLanes}};
+}
+
 constexpr int64_t kDrawn = 8 * kLanes;  // normals at a time: four of a quad in each lane
 
 // the normals of these counters, quad after quad
@@ -51,12 +58,8 @@ inline void draw(Two (&c)[4], uint64_t seed, float* out) {
 
 inline void draw(uint64_t seed, uint32_t stream_step, uint64_t image, uint32_t quad, float* out) {
   const auto all = [](uint32_t value) { return Two{{UInt{} + value, UInt{} + value}}; };
-  UInt quads;
-  for (int lane = 0; lane < kLanes; ++lane) quads[lane] = quad + quad_of(lane);
   Two c[4] = {
-      {{quads, quads + kLanes}},
-      all(stream_step),
-      all(static_cast<uint32_t>(image)),
+      counters(quad), all(stream_step), all(static_cast<uint32_t>(image)),
       all(static_cast<uint32_t>(image >> 32))};
   draw(c, seed, out);
 }
