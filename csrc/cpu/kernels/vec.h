@@ -147,6 +147,12 @@ inline void store_pair(T* to, Pair from) {
   store(to + kLanes, from.b);
 }
 
+// Rounded to nearest, of a half's two neighbours to either: for what is not exact to the last bit anyway.
+template <typename T>
+inline void store_pair_near(T* to, Pair from) {
+  store_pair(to, from);
+}
+
 // Where a pair holds element k, and which element it holds at k.
 template <typename T>
 constexpr int slot_of(int k) {
@@ -172,6 +178,12 @@ inline void store_pair(BFloat16* to, Pair from) {
   const UInt low = (even + 0x7FFF + ((even >> 16) & 1)) >> 16;
   const UInt high = (odd + 0x7FFF + ((odd >> 16) & 1)) & 0xFFFF0000;
   const UInt both = low | high;
+  std::memcpy(to, &both, sizeof(both));
+}
+
+inline void store_pair_near(BFloat16* to, Pair from) {
+  const UInt low = (bit_cast<UInt>(from.a) + 0x8000) >> 16;
+  const UInt both = low | ((bit_cast<UInt>(from.b) + 0x8000) & 0xFFFF0000);
   std::memcpy(to, &both, sizeof(both));
 }
 
@@ -202,6 +214,17 @@ inline float sum(Float x) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
   return lanes[0];
+#endif
+}
+
+// The largest of positive numbers.
+inline float largest(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
+  float most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) most = x[lane] > most ? x[lane] : most;
+  return most;
 #endif
 }
 
@@ -272,54 +295,6 @@ inline Float divide(Float x, Float y) {
   return x * (r + r * (1.0f - y * r));
 #else
   return x / y;
-#endif
-}
-
-// x / (1 + e^-x); NaN stays. Below the bound it is 0 but for what no float32 sum would see.
-inline Float silu(Float x) {
-  x = at_least(x, -kExpBound);
-#if defined(__AVX512F__)
-  const Float z = x * -1.44269504f;
-  const Float r =
-      _mm512_reduce_ps(z, 1);  // z - floor(z); 2^r by its minimax polynomial on [0, 1], 9e-8 relative
-  Float p = broadcast(1.8775767e-3f);
-  p = p * r + 8.9893397e-3f;
-  p = p * r + 5.5826318e-2f;
-  p = p * r + 2.4015361e-1f;
-  p = p * r + 6.9315308e-1f;
-  p = p * r + 9.9999994e-1f;
-  return divide(x, 1.0f + _mm512_scalef_ps(p, z));
-#else
-  return divide(x, 1.0f + exp<-1>(at_most(x, kExpBound)));
-#endif
-}
-
-// The same to 1.4e-4 (AVX-512) or 4.5e-4 of its value: for what is rounded to bfloat16, by up to 3.9e-3.
-inline Float silu_to_bfloat16(Float x) {
-#if defined(__AVX512F__)
-  // Nothing is clamped: past float32's range e^-x is infinite, and x times the reciprocal is 0.
-  const Float z = x * -1.44269504f;
-  const Float r = _mm512_reduce_ps(z, 1);
-  Float p = broadcast(7.8024521e-2f);
-  p = p * r + 2.2606716e-1f;
-  p = p * r + 6.9583356e-1f;
-  p = p * r + 9.9992520e-1f;
-  return x * _mm512_rcp14_ps(1.0f + _mm512_scalef_ps(p, z));
-#else
-  x = at_least(x, -kExpBound);
-  const Float z = at_most(x, kExpBound) * -1.44269504f;
-  const Float shifted = z + kRoundMagic;
-  const Float r = z - (shifted - kRoundMagic);
-  Float p = broadcast(5.5171669e-2f);
-  p = p * r + 2.4261113e-1f;
-  p = p * r + 6.9326097e-1f;
-  p = p * r + 9.9992806e-1f;
-  const Float y = 1.0f + bit_cast<Float>(bit_cast<Int>(p) + (bit_cast<Int>(shifted) << 23));
-#if defined(__AVX2__)
-  return x * _mm256_rcp_ps(y);
-#else
-  return x / y;
-#endif
 #endif
 }
 
