@@ -56,6 +56,7 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             f"-DTORCH_ROOT={torch_root()}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DDDPM_FAST_CUDA={CMAKE_CUDA}",
         ]
         try:
