@@ -298,48 +298,13 @@ inline Float divide(Float x, Float y) {
 #endif
 }
 
-// ln x for normal x > 0 (Cephes logf).
-inline Float log(Float x) {
-  Int bits = bit_cast<Int>(x);
-  const Int exponent_of_root = (bits - 0x3F3504F3) >> 23;  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
-  bits -= exponent_of_root << 23;
-  const Float e = __builtin_convertvector(exponent_of_root, Float);
-  const Float m = bit_cast<Float>(bits) - 1.0f;
-  Float p = broadcast(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const Float square = m * m;
-  Float y = p * m * square - e * 2.12194440e-4f;
-  y = y - 0.5f * square;
-  return m + y + e * 0.693359375f;
-}
-
-// sine and cosine of 2 pi u for u in [0, 1]: the quadrant comes off exactly.
-inline void sincos_turns(Float u, Float& sine, Float& cosine) {
-  const Float shifted = 4.0f * u + kRoundMagic;
-  const Int quadrant = bit_cast<Int>(shifted);
-  const Float angle = (4.0f * u - (shifted - kRoundMagic)) * 1.57079632679f;
-  const Float square = angle * angle;
-  Float s = broadcast(-1.9515295891e-4f);
-  s = s * square + 8.3321608736e-3f;
-  s = s * square - 1.6666654611e-1f;
-  s = s * square * angle + angle;
-  Float c = broadcast(2.443315711809948e-5f);
-  c = c * square - 1.388731625493765e-3f;
-  c = c * square + 4.166664568298827e-2f;
-  c = c * (square * square) - 0.5f * square + 1.0f;
-  const Int odd = -(quadrant & 1);
-  const Int sine_sign = (quadrant & 2) << 30;
-  const Int cosine_sign = ((quadrant + 1) & 2) << 30;
-  const Int s_bits = bit_cast<Int>(s), c_bits = bit_cast<Int>(c);
-  sine = bit_cast<Float>(((odd & c_bits) | (~odd & s_bits)) ^ sine_sign);
-  cosine = bit_cast<Float>(((odd & s_bits) | (~odd & c_bits)) ^ cosine_sign);
+inline UInt xor_of(UInt a, UInt b, uint32_t key) {
+#if defined(__AVX512F__)
+  const __m512i x = bit_cast<__m512i>(a), y = bit_cast<__m512i>(b);
+  return bit_cast<UInt>(_mm512_ternarylogic_epi32(x, y, _mm512_set1_epi32(static_cast<int>(key)), 0x96));
+#else
+  return a ^ b ^ key;
+#endif
 }
 
 struct VectorMulHiLo {
@@ -369,8 +334,16 @@ struct VectorMulHiLo {
 };
 
 // Lanes are numbered so that four registers, each of one element of kLanes quads, are stored by few shuffles:
-// lane l has quad quad_of(l).
-inline uint32_t quad_of(int lane) { return kLanes / 4 * (lane % 4) + lane / 4; }
+// these are the lanes' quads.
+inline UInt quads_of_lanes() {
+  constexpr struct Quads {
+    uint32_t of[kLanes];
+    constexpr Quads() : of() {
+      for (int lane = 0; lane < kLanes; ++lane) of[lane] = kLanes / 4 * (lane % 4) + lane / 4;
+    }
+  } kQuads;
+  return bit_cast<UInt>(kQuads.of);
+}
 
 inline void store_quads(float* to, const Float (&z)[4]) {
 #if defined(__AVX512F__)
