@@ -1,5 +1,5 @@
-// The norms as functions of a Python module, past PyTorch's dispatcher, which takes longer to call an op than a
-// small norm takes. Each returns None where a call is anything but plain: the op then runs, or says what is
+// The norms as functions of a Python module, past PyTorch's dispatcher, which takes longer to call an op than
+// a small norm takes. Each returns None where a call is anything but plain: the op then runs, or says what is
 // wrong. torch 2.14 and later hand tensors over; without that `set_up` returns False.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>

@@ -42,8 +42,8 @@ GroupNormResult group_norm(const GroupNormCall& call) {
   const Channels shifts("shift", call.shift, batch * channels);
   const auto args = [&](int64_t b, int64_t c) {
     const int64_t k = b * channels + c;
-    return cpu::GroupNormArgs{
-        weights.at(c), biases.at(c), adds.at(k), scales.at(k), shifts.at(k), call.eps, call.silu};
+    return cpu::GroupNormArgs{weights.at(c), biases.at(c), adds.at(k), scales.at(k),
+                              shifts.at(k),  call.eps,     call.silu};
   };
   // Channels [c, c + width) of an image: what lies in x, and what in skip.
   const int64_t channel_step = channels_last ? 1 : pixels;

@@ -11,14 +11,15 @@ inline Float uniform(UInt r) { return __builtin_convertvector(r, Float) * 0x1p-3
 
 #if defined(__AVX512F__)
 
-// -2 ln x for 0 < x <= 1, each to its own last digits, since the root of a small one is taken: x = m 2^e with m
-// in [3/4, 3/2), and m is a tabled 1 / r times 1 + f, |f| <= 1/16; next to 1 the table has 1 itself.
+// -2 ln x for 0 < x <= 1, each to its own last digits, since the root of a small one is taken: x = m 2^e with
+// m in [3/4, 3/2), and m is a tabled 1 / r times 1 + f, |f| <= 1/16; next to 1 the table has 1 itself.
 inline Float minus_2_log(Float x) {
   const Float m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
   const Float e = Float(_mm512_getexp_ps(x)) - Float(_mm512_getexp_ps(m));
   const __m512i slot = _mm512_srli_epi32(_mm512_castps_si512(x), 19);  // four bits of the mantissa
   const __m512 reciprocals = _mm512_setr_ps(
-      1.0f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f, 1.30612242f, 1.25490201f, 1.20754719f, 1.16363633f, 1.12280703f, 1.08474576f, 1.04918027f, 1.0f);
+      1.0f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+      1.30612242f, 1.25490201f, 1.20754719f, 1.16363633f, 1.12280703f, 1.08474576f, 1.04918027f, 1.0f);
   const __m512 logs = _mm512_setr_ps(  // 2 ln r
       0.0f, -0.179224306f, -0.290363971f, -0.395651461f, -0.495672402f, -0.590928433f, -0.681853126f, -0.768823461f, 0.53412553f, 0.454114972f, 0.377182369f, 0.303099733f, 0.231663646f, 0.162691283f, 0.0960183266f, 0.0f);
   const Float f = m * Float(_mm512_permutexvar_ps(slot, reciprocals)) - 1.0f;

@@ -92,7 +92,8 @@ inline Act choose_act(bool silu, int64_t channels, const float* reach, const Fol
   constexpr float kManyDeviations = 4, kLimit = 0.99f * kSiluBound;
   int32_t far = 0;
   for (int64_t c = 0; c < channels; ++c) {
-    const float gain = __builtin_fabsf(by.gain[c] * kToLog2), offset = __builtin_fabsf(by.offset[c] * kToLog2);
+    const float gain = __builtin_fabsf(by.gain[c] * kToLog2),
+                offset = __builtin_fabsf(by.offset[c] * kToLog2);
     far |= !(gain * reach[c] + offset < kLimit);
     far |= !(gain * __builtin_fabsf(by.center[c]) <= kManyDeviations);
   }
@@ -106,7 +107,8 @@ inline Act choose_act(bool silu, int64_t channels, const float* reach, const Fol
 
 // N registers in place; center(k), gain(k) and offset(k) are the k-th's.
 template <Act kAct, typename T, int N, typename Center, typename Gain, typename Offset>
-[[gnu::always_inline]] inline void apply(Float (&x)[N], const Center& center, const Gain& gain, const Offset& offset) {
+[[gnu::always_inline]] inline void apply(
+    Float (&x)[N], const Center& center, const Gain& gain, const Offset& offset) {
   if constexpr (kAct != Act::kSiluNear) {
     for (int k = 0; k < N; ++k) x[k] -= center(k);
   }
@@ -196,7 +198,8 @@ inline void column_sums(const T* x, int64_t rows, int64_t stride, int64_t lanes,
 
 constexpr int64_t kBlockRows = 64;  // so many values are summed in float32
 
-// Adds some rows' sums of differences from `center`, and of their squares; `peaks` keeps the largest of those.
+// Adds some rows' sums of differences from `center`, and of their squares; `peaks` keeps the largest of
+// those.
 template <int kPairs, bool kPartial, typename T>
 inline void column_deviations(
     const T* x, int64_t rows, int64_t stride, int64_t lanes, const float* center, bool first, double* sums,
@@ -322,7 +325,10 @@ struct Rows {
   Folded folded, slots;
 
   Rows(float* scratch, int64_t padded, bool in_order)
-      : sums(reinterpret_cast<double*>(scratch)), squares(sums + padded), pilots(scratch + 4 * padded), peaks(scratch + 11 * padded) {
+      : sums(reinterpret_cast<double*>(scratch)),
+        squares(sums + padded),
+        pilots(scratch + 4 * padded),
+        peaks(scratch + 11 * padded) {
     folded = {pilots + padded, pilots + 2 * padded, pilots + 3 * padded};
     slots = in_order ? folded : Folded{pilots + 4 * padded, pilots + 5 * padded, pilots + 6 * padded};
   }
@@ -414,6 +420,7 @@ void group_norm_nhwc(
       by_slot.place(folded.offset, slots.offset);
   for (int s = 0; s < 2; ++s) {
     const GroupNormSource& source = sources.of[s];
+    if (source.channels == 0) continue;
     const Folded by = {
         slots.center + by_slot.base(s), slots.gain + by_slot.base(s), slots.offset + by_slot.base(s)};
     const int64_t c = s == 0 ? 0 : split;
@@ -507,29 +514,49 @@ struct Channels {
   }
 };
 
+// A channel's number where a pair holds it: of a pair's one channel, or of its two, each of kLanes pixels.
+template <typename T, bool kTwo>
+inline Pair spread(const float* of) {
+  if constexpr (!kTwo) return {broadcast(of[0]), broadcast(of[0])};
+  const Float first = broadcast(of[0]), second = broadcast(of[1]);
+  if constexpr (!std::is_same_v<T, BFloat16>) return {first, second};
+  const Float halves = blend_halves(first, second);
+  return {halves, halves};
+}
+
 // Channels [from, to), by numbers that start at `from`'s. Of channels of a register or two (4 x 4 pixels),
-// several are worked on together.
+// two pairs are worked on together.
 template <Act kAct, typename T>
 inline void apply_channels(
     const Channels<T>& x, T* y, int64_t from, int64_t to, const Folded& by, int64_t ahead) {
   const int64_t first = from;
-  const auto together = [&](auto registers) {
-    constexpr int kAtOnce = 4 / registers;
-    for (; from + kAtOnce <= to; from += kAtOnce) {
-      Float v[4];
-      for (int k = 0; k < 4; ++k) v[k] = load(x[from + k / registers] + k % registers * kLanes);
-      const auto number = [&](const float* values) {
-        return [=, values = values + from - first](int k) { return broadcast(values[k / registers]); };
-      };
-      apply<kAct, T>(v, number(by.center), number(by.gain), number(by.offset));
-      for (int k = 0; k < 4; ++k) store(y + from * x.pixels + k * kLanes, v[k]);
+  const auto together = [&](auto two) {
+    constexpr int64_t kAPair = two ? 2 : 1, kAtOnce = 2 * kAPair;
+    const int64_t end = from < x.split ? std::min(to, x.split) : to;
+    for (; from + kAtOnce <= end; from += kAtOnce) {
+      Float v[4], center[4], gain[4], offset[4];
+      for (int k = 0; k < 4; k += 2) {
+        const auto number = [&](const float* values, Float* into) {
+          const Pair pair = spread<T, two>(values + from - first + k / 2 * kAPair);
+          into[k] = pair.a, into[k + 1] = pair.b;
+        };
+        number(by.center, center), number(by.gain, gain), number(by.offset, offset);
+        const Pair pair = load_pair(x[from] + k * kLanes);
+        v[k] = pair.a, v[k + 1] = pair.b;
+      }
+      apply<kAct, T>(
+          v, [&](int k) { return center[k]; }, [&](int k) { return gain[k]; },
+          [&](int k) { return offset[k]; });
+      for (int k = 0; k < 4; k += 2) store_result<kAct>(y + from * x.pixels + k * kLanes, {v[k], v[k + 1]});
     }
   };
-  if (x.pixels == kLanes) together(std::integral_constant<int, 1>());
-  if (x.pixels == 2 * kLanes) together(std::integral_constant<int, 2>());
-  for (; from < to; ++from) {
+  while (from < to) {
+    if (x.pixels == kLanes) together(std::true_type());
+    if (x.pixels == kPairLanes) together(std::false_type());
+    if (from == to) return;
     const int64_t c = from - first;
     apply_span<kAct>(x[from], y + from * x.pixels, x.pixels, by.center[c], by.gain[c], by.offset[c], ahead);
+    ++from;
   }
 }
 
@@ -592,7 +619,8 @@ inline void deviations_of(
 constexpr int64_t kGroups = 16;  // the most that are worked on at a time
 
 // The mean and the reciprocal of the standard deviation of each of `count` groups, the first at channel
-// `begin`, and a bound of its values' distance from the mean. Loops of independent groups: what one waits for, another computes.
+// `begin`, and a bound of its values' distance from the mean. Loops of independent groups: what one waits
+// for, another computes.
 template <typename T>
 inline void statistics_nchw(
     const Channels<T>& x, const float* add, int64_t begin, int64_t count, int64_t channels_per_group,

@@ -1,5 +1,5 @@
-// SiLU, N registers together and stage by stage: the steps for one wait for each other longer than a processor
-// looks ahead.
+// SiLU, N registers together and stage by stage: the steps for one wait for each other longer than a
+// processor looks ahead.
 //
 //   silu(y) = y / (1 + e^-y) = u / (-log2 e (1 + 2^u)),   u = -y log2 e
 //
@@ -61,8 +61,8 @@ template <typename T, bool kBounded, int N>
       for (int k = 0; k < N; ++k) u[k] = at_most(u[k], kSiluBound), x[k] = at_least(x[k], -kExpBound);
     }
     one_and_power(
-        u, kTimes,
-        {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f}, d);
+        u, kTimes, {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f},
+        d);
   }
   Float r[N];
   for (int k = 0; k < N; ++k) r[k] = _mm512_rcp14_ps(d[k]);

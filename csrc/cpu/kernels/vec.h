@@ -197,6 +197,17 @@ constexpr int element_at<BFloat16>(int k) {
   return k % kLanes * 2 + k / kLanes;
 }
 
+// The first half of the lanes of `first`, the second of `second`.
+inline Float blend_halves(Float first, Float second) {
+#if defined(__AVX512F__)
+  return _mm512_mask_blend_ps(0xFF00, first, second);
+#else
+  Int lane;
+  for (int k = 0; k < kLanes; ++k) lane[k] = k;
+  return lane < kLanes / 2 ? first : second;
+#endif
+}
+
 // The first n lanes; zero in the rest.
 inline Float keep(Float x, int64_t n) {
   Int lane;
