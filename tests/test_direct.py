@@ -1,4 +1,4 @@
-"""Calls past the dispatcher: the same bits as the op, and never where somebody looks on or something is amiss."""
+"""Calls past the dispatcher: the same bits as the op; not where somebody looks on or something is amiss."""
 
 from __future__ import annotations
 

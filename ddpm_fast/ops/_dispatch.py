@@ -80,9 +80,9 @@ FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
 def _load_direct() -> Any:
-    """The compiled library as a Python module, whose functions go past PyTorch's dispatcher; None if it cannot.
+    """The compiled library as a Python module, whose functions go past PyTorch's dispatcher, or None.
 
-    Its functions look on the same who might want to see an op: modes, transforms, tracers and profilers.
+    They do not run where somebody wants to see the op: a mode, a transform, a tracer or a profiler.
     """
     if NATIVE_MISSING is not None:
         return None
@@ -104,7 +104,7 @@ _DIRECT: Any = _load_direct()
 
 
 def direct(name: str) -> Callable[..., Any]:
-    """A function of the compiled library that runs an op of plain tensors on the CPU; it returns None for others.
+    """A function of the compiled library that runs an op on plain tensors on the CPU; None of others.
 
     Small ops take longer to be called by the dispatcher than to run.
     """
