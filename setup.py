@@ -39,7 +39,7 @@ def torch_root():
 
 class CMakeBuild(build_ext):
     def get_ext_filename(self, name):
-        return name.replace(".", os.sep) + ".abi3.so"  # one name on every Python: the library is not a module
+        return name.replace(".", os.sep) + ".abi3.so"  # one name on every Python: the stable ABI
 
     def run(self):
         build = Path(self.build_temp).resolve()
@@ -56,6 +56,7 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             f"-DTORCH_ROOT={torch_root()}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DDDPM_FAST_CUDA={CMAKE_CUDA}",
         ]
         try:

@@ -29,20 +29,34 @@ struct MulHiLo {  // the two words of a 64-bit product
   }
 };
 
+template <typename U>
+DDPM_FAST_HOST_DEVICE inline U xor_of(const U& a, const U& b, uint32_t key) {
+  return a ^ b ^ key;
+}
+
+struct PhiloxKey {  // of a round
+  uint32_t of[2];
+
+  DDPM_FAST_HOST_DEVICE PhiloxKey next() const { return {{of[0] + 0x9E3779B9u, of[1] + 0xBB67AE85u}}; }
+};
+
+constexpr int kPhiloxRounds = 10;
+
 template <typename U, typename Multiply = MulHiLo>
-DDPM_FAST_HOST_DEVICE inline void philox4x32_10(
-    U (&c)[4], uint32_t key0, uint32_t key1, Multiply mul_hi_lo = {}) {
-  for (int round = 0; round < 10; ++round) {
-    U hi0, lo0, hi1, lo1;
-    mul_hi_lo(0xD2511F53u, c[0], hi0, lo0);
-    mul_hi_lo(0xCD9E8D57u, c[2], hi1, lo1);
-    c[0] = hi1 ^ c[1] ^ key0;
-    c[1] = lo1;
-    c[2] = hi0 ^ c[3] ^ key1;
-    c[3] = lo0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
+DDPM_FAST_HOST_DEVICE inline void philox_round(U (&c)[4], const PhiloxKey& key, Multiply mul_hi_lo = {}) {
+  U hi0, lo0, hi1, lo1;
+  mul_hi_lo(0xD2511F53u, c[0], hi0, lo0);
+  mul_hi_lo(0xCD9E8D57u, c[2], hi1, lo1);
+  c[0] = xor_of(hi1, c[1], key.of[0]);
+  c[1] = lo1;
+  c[2] = xor_of(hi0, c[3], key.of[1]);
+  c[3] = lo0;
+}
+
+template <typename U>
+DDPM_FAST_HOST_DEVICE inline void philox4x32_10(U (&c)[4], uint32_t key0, uint32_t key1) {
+  PhiloxKey key = {{key0, key1}};
+  for (int round = 0; round < kPhiloxRounds; ++round, key = key.next()) philox_round(c, key);
 }
 
 }  // namespace ddpm_fast

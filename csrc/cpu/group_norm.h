@@ -1,5 +1,5 @@
-// What a norm and its gradient share on the CPU: operands by channel, and how an image is cut for the
-// threads.
+// The CPU's norm as its callers see it, and what it shares with its gradient: operands by channel, and how an
+// image is cut for the threads.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,22 @@
 #include "kernels.h"
 
 namespace ddpm_fast {
+
+struct GroupNormCall {
+  Tensor x;
+  OptionalTensor skip;  // the norm is of [x, skip]
+  int64_t num_groups;
+  OptionalTensor weight, bias;
+  double eps;
+  OptionalTensor add, scale, shift;
+  bool silu, builds;  // builds: [x, skip] itself is wanted too
+};
+
+struct GroupNormResult {
+  OptionalTensor y, concat;  // like x but for their channels
+};
+
+GroupNormResult group_norm(const GroupNormCall& call);
 
 // A (C,) or (B, C) operand as contiguous float32, or nothing.
 class Channels {

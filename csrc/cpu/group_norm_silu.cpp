@@ -9,13 +9,11 @@
 #include "group_norm.h"
 
 namespace ddpm_fast {
-namespace {
 
-// The norm of x, or of [x, skip], into y, like it; concat, where given, gets [x, skip] itself.
-std::tuple<Tensor, OptionalTensor> norm(
-    Tensor x, OptionalTensor skip, int64_t num_groups, const OptionalTensor& weight,
-    const OptionalTensor& bias, double eps, const OptionalTensor& add, const OptionalTensor& scale,
-    const OptionalTensor& shift, bool silu, bool builds) {
+GroupNormResult group_norm(const GroupNormCall& call) {
+  Tensor x = call.x;
+  OptionalTensor skip = call.skip;
+  const int64_t num_groups = call.num_groups;
   const Dtype dtype = dtype_of("x", x);
   check(dtype != Dtype::kDouble, "x must be float32, bfloat16 or float16");
   check(x.dim() >= 2 && x.numel() > 0, "x must be (B, C, ...) and not empty");
@@ -31,17 +29,21 @@ std::tuple<Tensor, OptionalTensor> norm(
         skip->scalar_type() == x.scalar_type() && skip->dim() == x.dim() && skip->size(0) == batch &&
             skip->numel() == batch * from_skip * pixels && from_skip > 0,
         "skip must be like x but for its channels");
+    for (int64_t d = 2; d < x.dim(); ++d) {
+      check(skip->size(d) == x.size(d), "skip must be like x but for its channels");
+    }
     skip = like_layout(*skip, x);
   }
   Tensor y = skip ? empty_with_channels(x, channels) : empty_as(x);
   OptionalTensor concat;
-  if (builds) concat = empty_with_channels(x, channels);
-  const Channels weights("weight", weight, channels), biases("bias", bias, channels);
-  const Channels adds("add", add, batch * channels), scales("scale", scale, batch * channels);
-  const Channels shifts("shift", shift, batch * channels);
+  if (call.builds) concat = empty_with_channels(x, channels);
+  const Channels weights("weight", call.weight, channels), biases("bias", call.bias, channels);
+  const Channels adds("add", call.add, batch * channels), scales("scale", call.scale, batch * channels);
+  const Channels shifts("shift", call.shift, batch * channels);
   const auto args = [&](int64_t b, int64_t c) {
     const int64_t k = b * channels + c;
-    return cpu::GroupNormArgs{weights.at(c), biases.at(c), adds.at(k), scales.at(k), shifts.at(k), eps, silu};
+    return cpu::GroupNormArgs{weights.at(c), biases.at(c), adds.at(k), scales.at(k),
+                              shifts.at(k),  call.eps,     call.silu};
   };
   // Channels [c, c + width) of an image: what lies in x, and what in skip.
   const int64_t channel_step = channels_last ? 1 : pixels;
@@ -93,18 +95,21 @@ std::tuple<Tensor, OptionalTensor> norm(
   return {y, concat};
 }
 
+namespace {
+
 Tensor group_norm_silu_cpu(
     Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps, OptionalTensor add,
     OptionalTensor scale, OptionalTensor shift, bool silu) {
-  return std::get<0>(
-      norm(x, std::nullopt, num_groups, weight, bias, eps, add, scale, shift, silu, /*builds=*/false));
+  const GroupNormCall call{x, {}, num_groups, weight, bias, eps, add, scale, shift, silu, /*builds=*/false};
+  return *group_norm(call).y;
 }
 
 std::tuple<Tensor, Tensor> group_norm_silu_concat_cpu(
     Tensor x, Tensor skip, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps,
     OptionalTensor add, OptionalTensor scale, OptionalTensor shift, bool silu, bool concat) {
-  const auto [y, both] = norm(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, concat);
-  return {y, both ? *both : torch::stable::new_empty(y, {0})};
+  const GroupNormCall call{x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, concat};
+  const GroupNormResult result = group_norm(call);
+  return {*result.y, concat ? *result.concat : torch::stable::new_empty(*result.y, {0})};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {

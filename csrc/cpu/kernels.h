@@ -153,10 +153,10 @@ struct Kernels {
   uint64_t (*fingerprint)(const void* data, int64_t bytes);
 };
 
-// Eleven floats a channel, with two sources' last registers filled up to 32 channels.
+// Twelve floats a channel, with two sources' last registers filled up to 32 channels.
 constexpr int64_t padded_channels(int64_t channels) { return (channels + 2 * 31 + 63) / 64 * 64; }
-constexpr int64_t group_norm_scratch(int64_t channels) { return 11 * padded_channels(channels); }
-constexpr int64_t group_norm_backward_scratch(int64_t channels) { return 22 * padded_channels(channels); }
+constexpr int64_t group_norm_scratch(int64_t channels) { return 12 * padded_channels(channels); }
+constexpr int64_t group_norm_backward_scratch(int64_t channels) { return 23 * padded_channels(channels); }
 
 // The table in use: the best this processor runs, or the one that DDPM_FAST_CPU names.
 const Kernels& kernels();

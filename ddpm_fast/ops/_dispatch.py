@@ -81,6 +81,48 @@ TRITON_INSTALLED: bool = find_spec("triton") is not None
 FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
+def _load_direct() -> Any:
+    """The compiled library as a Python module, whose functions go past PyTorch's dispatcher, or None.
+
+    They do not run where somebody wants to see the op: a mode, a transform, a tracer or a profiler.
+    """
+    if NATIVE_MISSING is not None:
+        return None
+    try:
+        direct = import_module("._C", __package__.rpartition(".")[0])
+    except ImportError:  # built without Python's headers
+        return None
+    watchers = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
+        torch._C._autograd._profiler_enabled,
+    )
+    return direct if direct.set_up(Tensor, torch.nn.Parameter, watchers) else None
+
+
+_DIRECT: Any = _load_direct()
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """A function of the compiled library that runs an op on plain tensors on the CPU; None of others.
+
+    Small ops take longer to be called by the dispatcher than to run.
+    """
+    return getattr(_DIRECT, name, lambda *_: None)
+
+
+def goes_direct(backend: str | None) -> bool:
+    """Whether `direct` may be asked: the native backend is not ruled out, and no compiler traces the call."""
+    named = backend or FORCED_BACKEND
+    return (
+        (named is None or named == "native")
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+    )
+
+
 _OVERLOADS: dict[tuple[str, str], Callable[..., Any]] = {}
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import FLOATING, check_floating, describe
-from ._dispatch import choose, define, differentiable
+from ._dispatch import choose, define, differentiable, direct, goes_direct
+
+_direct = direct("group_norm_silu")
 
 
 def group_norm_silu(
@@ -54,6 +56,10 @@ def group_norm_silu(
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
         RuntimeError: a backend named that cannot run here.
     """
+    if goes_direct(backend):
+        y = _direct(x, None, num_groups, weight, bias, eps, add, scale, shift, act, False)
+        if y is not None:
+            return y
     check_floating("x", x, 2)
     check_norm(x, x.shape[1], "x's", num_groups, weight, bias, eps, add, scale, shift, act)
     chosen = choose("group_norm_silu", backend, x)

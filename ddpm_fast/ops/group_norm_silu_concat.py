@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_floating, describe
-from ._dispatch import choose, define, differentiable
-from .group_norm_silu import check_norm
+from ._dispatch import choose, define, differentiable, goes_direct
+from .group_norm_silu import _direct, check_norm
 
 
 @overload
@@ -83,6 +83,10 @@ def group_norm_silu_concat(
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
         RuntimeError: a backend named that cannot run here.
     """
+    if goes_direct(backend) and skip is not None:
+        found = _direct(x, skip, num_groups, weight, bias, eps, add, scale, shift, act, concat)
+        if found is not None:
+            return found
     check_floating("x", x, 2)
     check_floating("skip", skip, 2)
     (batch, from_x, *pixels), (batch_skip, from_skip, *pixels_skip) = x.shape, skip.shape

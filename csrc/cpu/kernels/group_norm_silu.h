@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "silu.h"
 #include "vec.h"
 
 namespace ddpm_fast::cpu {
@@ -81,12 +82,56 @@ inline void fold(const GroupNormArgs& args, int64_t from, int64_t channels, cons
   }
 }
 
-template <bool kSilu, typename T>
-inline Float apply(Float x, Float center, Float gain, Float offset) {
-  const Float y = (x - center) * gain + offset;
-  if constexpr (!kSilu) return y;
-  if constexpr (std::is_same_v<T, BFloat16>) return silu_to_bfloat16(y);
-  return silu(y);
+// How a result comes of a channel's three numbers. kSiluNear: of u = x gain + offset, within kSiluBound.
+enum class Act { kNone, kSilu, kSiluNear };
+
+// Makes the numbers those of kSiluNear, if it will do. `reach` bounds |x - center|; the mean, which goes into
+// `offset`, must not be so many deviations that the sum would lose digits.
+inline Act choose_act(bool silu, int64_t channels, const float* reach, const Folded& by) {
+  if (!silu) return Act::kNone;
+  constexpr float kManyDeviations = 4, kLimit = 0.99f * kSiluBound;
+  int32_t far = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    const float gain = __builtin_fabsf(by.gain[c] * kToLog2),
+                offset = __builtin_fabsf(by.offset[c] * kToLog2);
+    far |= !(gain * reach[c] + offset < kLimit);
+    far |= !(gain * __builtin_fabsf(by.center[c]) <= kManyDeviations);
+  }
+  if (far) return Act::kSilu;
+  for (int64_t c = 0; c < channels; ++c) {
+    by.offset[c] = (by.offset[c] - by.center[c] * by.gain[c]) * kToLog2;
+    by.gain[c] *= kToLog2;
+  }
+  return Act::kSiluNear;
+}
+
+// N registers in place; center(k), gain(k) and offset(k) are the k-th's.
+template <Act kAct, typename T, int N, typename Center, typename Gain, typename Offset>
+[[gnu::always_inline]] inline void apply(
+    Float (&x)[N], const Center& center, const Gain& gain, const Offset& offset) {
+  if constexpr (kAct != Act::kSiluNear) {
+    for (int k = 0; k < N; ++k) x[k] -= center(k);
+  }
+  for (int k = 0; k < N; ++k) x[k] = x[k] * gain(k) + offset(k);
+  if constexpr (kAct != Act::kNone) silu<T, kAct == Act::kSiluNear>(x);
+}
+
+template <Act kAct, typename T>
+inline void store_result(T* to, Pair from) {
+  if constexpr (kAct == Act::kNone) {
+    store_pair(to, from);
+  } else {
+    store_pair_near(to, from);
+  }
+}
+
+// run(act), the act a constant by its type.
+template <typename F>
+inline void for_act(Act act, const F& run) {
+  using std::integral_constant;
+  if (act == Act::kNone) run(integral_constant<Act, Act::kNone>());
+  if (act == Act::kSilu) run(integral_constant<Act, Act::kSilu>());
+  if (act == Act::kSiluNear) run(integral_constant<Act, Act::kSiluNear>());
 }
 
 constexpr int64_t kPairLanes = 2 * kLanes;
@@ -153,11 +198,12 @@ inline void column_sums(const T* x, int64_t rows, int64_t stride, int64_t lanes,
 
 constexpr int64_t kBlockRows = 64;  // so many values are summed in float32
 
-// Adds some rows' sums of differences from `center`, and of their squares.
+// Adds some rows' sums of differences from `center`, and of their squares; `peaks` keeps the largest of
+// those.
 template <int kPairs, bool kPartial, typename T>
 inline void column_deviations(
     const T* x, int64_t rows, int64_t stride, int64_t lanes, const float* center, bool first, double* sums,
-    double* squares) {
+    double* squares, float* peaks) {
   constexpr int kRegisters = 2 * kPairs;
   Float c[kRegisters], s1[kRegisters] = {}, s2[kRegisters] = {};
   for (int k = 0; k < kRegisters; ++k) c[k] = load(center + k * kLanes);
@@ -175,13 +221,16 @@ inline void column_deviations(
   float s1s[kRegisters * kLanes], s2s[kRegisters * kLanes];
   for (int k = 0; k < kRegisters; ++k) store(s1s + k * kLanes, s1[k]), store(s2s + k * kLanes, s2[k]);
   if (first) {
-    for (int k = 0; k < kRegisters * kLanes; ++k) sums[k] = s1s[k], squares[k] = s2s[k];
+    for (int k = 0; k < kRegisters * kLanes; ++k) sums[k] = s1s[k], squares[k] = peaks[k] = s2s[k];
   } else {
-    for (int k = 0; k < kRegisters * kLanes; ++k) sums[k] += s1s[k], squares[k] += s2s[k];
+    for (int k = 0; k < kRegisters * kLanes; ++k) {
+      sums[k] += s1s[k], squares[k] += s2s[k];
+      peaks[k] = peaks[k] < s2s[k] ? s2s[k] : peaks[k];
+    }
   }
 }
 
-template <bool kSilu, typename T>
+template <Act kAct, typename T>
 inline void apply_rows(
     const GroupNormSource& source, T* y, T* concat, int64_t pixels, int64_t stride, const Folded& by) {
   const int64_t channels = source.channels;
@@ -190,23 +239,25 @@ inline void apply_rows(
     T* to = y + r * stride;
     if (concat) std::memcpy(concat + r * stride, x, channels * sizeof(T));
     for_tiles(channels, [&](int64_t c, auto pairs, auto partial) {
-      Pair v[pairs];
-      for (int k = 0; k < pairs; ++k) {
-        const int64_t at = c + k * kPairLanes;
-        v[k] = partial ? load_pair(x + at, channels - at) : load_pair(x + at);
-      }
-      for (int k = 0; k < pairs; ++k) {
-        const int64_t at = c + k * kPairLanes, next = at + kLanes;
-        v[k].a = apply<kSilu, T>(v[k].a, load(by.center + at), load(by.gain + at), load(by.offset + at));
-        v[k].b =
-            apply<kSilu, T>(v[k].b, load(by.center + next), load(by.gain + next), load(by.offset + next));
-      }
-      for (int k = 0; k < pairs; ++k) {
-        const int64_t at = c + k * kPairLanes;
-        if (partial) {
-          store_pair(to + at, v[k], channels - at);
-        } else {
-          store_pair(to + at, v[k]);
+      constexpr int kAtOnce = pairs < 2 ? 1 : 2;
+      for (int64_t at = c; at < c + pairs * kPairLanes; at += kAtOnce * kPairLanes) {
+        Float v[2 * kAtOnce];
+        for (int k = 0; k < kAtOnce; ++k) {
+          const T* from = x + at + k * kPairLanes;
+          const Pair pair = partial ? load_pair(from, channels - at) : load_pair(from);
+          v[2 * k] = pair.a, v[2 * k + 1] = pair.b;
+        }
+        const auto number = [at](const float* values) {
+          return [values, at](int k) { return load(values + at + k * kLanes); };
+        };
+        apply<kAct, T>(v, number(by.center), number(by.gain), number(by.offset));
+        for (int k = 0; k < kAtOnce; ++k) {
+          const Pair pair = {v[2 * k], v[2 * k + 1]};
+          if (partial) {
+            store_pair(to + at, pair, channels - at);
+          } else {
+            store_result<kAct>(to + at + k * kPairLanes, pair);
+          }
         }
       }
     });
@@ -270,25 +321,28 @@ struct Slots {
 // group_norm_scratch, cut into rows of numbers by channel (or group), and by slot.
 struct Rows {
   double *sums, *squares;
-  float* pilots;
+  float *pilots, *peaks;
   Folded folded, slots;
 
   Rows(float* scratch, int64_t padded, bool in_order)
-      : sums(reinterpret_cast<double*>(scratch)), squares(sums + padded), pilots(scratch + 4 * padded) {
+      : sums(reinterpret_cast<double*>(scratch)),
+        squares(sums + padded),
+        pilots(scratch + 4 * padded),
+        peaks(scratch + 11 * padded) {
     folded = {pilots + padded, pilots + 2 * padded, pilots + 3 * padded};
     slots = in_order ? folded : Folded{pilots + 4 * padded, pilots + 5 * padded, pilots + 6 * padded};
   }
 };
 
 // Each channel's mean, what its float lacks and the reciprocal deviation, as `fold` takes them; by group they
-// stay in `sums` and `squares`.
+// stay in `sums` and `squares`. `peaks` becomes a bound of each channel's distance from the mean.
 template <typename T>
 void statistics_nhwc(
     const GroupNormSources& sources, int64_t pixels, int64_t channels_per_group, const GroupNormArgs& args,
     const Slots<T>& by_slot, const Rows& rows) {
   const int64_t channels = by_slot.channels, groups = channels / channels_per_group;
   double *const sums = rows.sums, *const squares = rows.squares;
-  float* const pilots = rows.pilots;
+  float *const pilots = rows.pilots, *const peaks = rows.peaks;
   const Folded &folded = rows.folded, &slots = rows.slots;
   const int64_t pilot_rows = (pixels + kPilot - 1) / kPilot;
   for (int s = 0; s < 2; ++s) {
@@ -322,7 +376,7 @@ void statistics_nhwc(
         const int64_t k = by_slot.base(s) + c;
         column_deviations<pairs, partial>(
             from + c, std::min(pixels - row, kBlockRows), source.stride, source.channels - c,
-            slots.center + k, row == 0, sums + k, squares + k);
+            slots.center + k, row == 0, sums + k, squares + k, peaks + k);
       });
     }
   }
@@ -334,7 +388,7 @@ void statistics_nhwc(
       sums[k] -= n * rest;
     }
   }
-  by_slot.take(sums, sums), by_slot.take(squares, squares);
+  by_slot.take(sums, sums), by_slot.take(squares, squares), by_slot.take(peaks, peaks);
   for (int64_t g = 0; g < groups; ++g) {
     sums[g] = sum_of_group(sums + g * channels_per_group, channels_per_group);
     squares[g] = sum_of_group(squares + g * channels_per_group, channels_per_group);
@@ -343,6 +397,8 @@ void statistics_nhwc(
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * channels_per_group;
     const float center = static_cast<float>(sums[g]);
+    const float peak = *std::max_element(peaks + first, peaks + first + channels_per_group);
+    fill(peaks + first, channels_per_group, __builtin_sqrtf(peak) + __builtin_fabsf(center - pilots[g]));
     fill(folded.center + first, channels_per_group, center);
     fill(folded.offset + first, channels_per_group, static_cast<float>(sums[g] - center));
     fill(folded.gain + first, channels_per_group, static_cast<float>(squares[g]));
@@ -359,19 +415,17 @@ void group_norm_nhwc(
   const Folded &folded = rows.folded, &slots = rows.slots;
   statistics_nhwc(sources, pixels, channels_per_group, args, by_slot, rows);
   fold(args, 0, channels, folded);
+  const Act act = choose_act(args.silu, channels, rows.peaks, folded);
   by_slot.place(folded.center, slots.center), by_slot.place(folded.gain, slots.gain),
       by_slot.place(folded.offset, slots.offset);
   for (int s = 0; s < 2; ++s) {
     const GroupNormSource& source = sources.of[s];
+    if (source.channels == 0) continue;
     const Folded by = {
         slots.center + by_slot.base(s), slots.gain + by_slot.base(s), slots.offset + by_slot.base(s)};
     const int64_t c = s == 0 ? 0 : split;
     T* const copy = concat ? concat + c : nullptr;
-    if (args.silu) {
-      apply_rows<true>(source, y + c, copy, pixels, stride, by);
-    } else {
-      apply_rows<false>(source, y + c, copy, pixels, stride, by);
-    }
+    for_act(act, [&](auto act) { apply_rows<act>(source, y + c, copy, pixels, stride, by); });
   }
 }
 
@@ -425,18 +479,28 @@ inline void take_span(const T* x, int64_t n, float center, float rest, Deviation
 }
 
 // Meanwhile what lies `ahead` elements further, the next groups, is fetched into the second cache.
-template <bool kSilu, typename T>
+template <Act kAct, typename T>
 inline void apply_span(const T* x, T* y, int64_t n, float center, float gain, float offset, int64_t ahead) {
-  const Float m = broadcast(center), g = broadcast(gain), b = broadcast(offset);
+  const auto all = [](float value) { return [v = broadcast(value)](int) { return v; }; };
+  const auto m = all(center), g = all(gain), b = all(offset);
   int64_t k = 0;
   for (; k + 2 * kPairLanes <= n; k += 2 * kPairLanes) {
     prefetch<2, /*kCache=*/2>(x + k, ahead);
-    Pair v[2] = {load_pair(x + k), load_pair(x + k + kPairLanes)};
-    for (Pair& p : v) p = {apply<kSilu, T>(p.a, m, g, b), apply<kSilu, T>(p.b, m, g, b)};
-    store_pair(y + k, v[0]), store_pair(y + k + kPairLanes, v[1]);
+    const Pair first = load_pair(x + k), second = load_pair(x + k + kPairLanes);
+    Float v[4] = {first.a, first.b, second.a, second.b};
+    apply<kAct, T>(v, m, g, b);
+    store_result<kAct>(y + k, {v[0], v[1]}), store_result<kAct>(y + k + kPairLanes, {v[2], v[3]});
   }
-  for (; k + kLanes <= n; k += kLanes) store(y + k, apply<kSilu, T>(load(x + k), m, g, b));
-  if (k < n) store(y + k, apply<kSilu, T>(load(x + k, n - k), m, g, b), n - k);
+  for (; k < n; k += kLanes) {
+    const bool whole = k + kLanes <= n;
+    Float v[1] = {whole ? load(x + k) : load(x + k, n - k)};
+    apply<kAct, T>(v, m, g, b);
+    if (whole) {
+      store(y + k, v[0]);
+    } else {
+      store(y + k, v[0], n - k);
+    }
+  }
 }
 
 // Channels of up to two sources, one after another.
@@ -450,29 +514,49 @@ struct Channels {
   }
 };
 
+// A channel's number where a pair holds it: of a pair's one channel, or of its two, each of kLanes pixels.
+template <typename T, bool kTwo>
+inline Pair spread(const float* of) {
+  if constexpr (!kTwo) return {broadcast(of[0]), broadcast(of[0])};
+  const Float first = broadcast(of[0]), second = broadcast(of[1]);
+  if constexpr (!std::is_same_v<T, BFloat16>) return {first, second};
+  const Float halves = blend_halves(first, second);
+  return {halves, halves};
+}
+
 // Channels [from, to), by numbers that start at `from`'s. Of channels of a register or two (4 x 4 pixels),
-// several are worked on together.
-template <bool kSilu, typename T>
+// two pairs are worked on together.
+template <Act kAct, typename T>
 inline void apply_channels(
     const Channels<T>& x, T* y, int64_t from, int64_t to, const Folded& by, int64_t ahead) {
   const int64_t first = from;
-  const auto together = [&](auto registers) {
-    constexpr int kAtOnce = 4 / registers;
-    for (; from + kAtOnce <= to; from += kAtOnce) {
-      Float v[4];
-      for (int k = 0; k < 4; ++k) v[k] = load(x[from + k / registers] + k % registers * kLanes);
-      for (int k = 0; k < 4; ++k) {
-        const int64_t c = from + k / registers - first;
-        v[k] = apply<kSilu, T>(v[k], broadcast(by.center[c]), broadcast(by.gain[c]), broadcast(by.offset[c]));
+  const auto together = [&](auto two) {
+    constexpr int64_t kAPair = two ? 2 : 1, kAtOnce = 2 * kAPair;
+    const int64_t end = from < x.split ? std::min(to, x.split) : to;
+    for (; from + kAtOnce <= end; from += kAtOnce) {
+      Float v[4], center[4], gain[4], offset[4];
+      for (int k = 0; k < 4; k += 2) {
+        const auto number = [&](const float* values, Float* into) {
+          const Pair pair = spread<T, two>(values + from - first + k / 2 * kAPair);
+          into[k] = pair.a, into[k + 1] = pair.b;
+        };
+        number(by.center, center), number(by.gain, gain), number(by.offset, offset);
+        const Pair pair = load_pair(x[from] + k * kLanes);
+        v[k] = pair.a, v[k + 1] = pair.b;
       }
-      for (int k = 0; k < 4; ++k) store(y + from * x.pixels + k * kLanes, v[k]);
+      apply<kAct, T>(
+          v, [&](int k) { return center[k]; }, [&](int k) { return gain[k]; },
+          [&](int k) { return offset[k]; });
+      for (int k = 0; k < 4; k += 2) store_result<kAct>(y + from * x.pixels + k * kLanes, {v[k], v[k + 1]});
     }
   };
-  if (x.pixels == kLanes) together(std::integral_constant<int, 1>());
-  if (x.pixels == 2 * kLanes) together(std::integral_constant<int, 2>());
-  for (; from < to; ++from) {
+  while (from < to) {
+    if (x.pixels == kLanes) together(std::true_type());
+    if (x.pixels == kPairLanes) together(std::false_type());
+    if (from == to) return;
     const int64_t c = from - first;
-    apply_span<kSilu>(x[from], y + from * x.pixels, x.pixels, by.center[c], by.gain[c], by.offset[c], ahead);
+    apply_span<kAct>(x[from], y + from * x.pixels, x.pixels, by.center[c], by.gain[c], by.offset[c], ahead);
+    ++from;
   }
 }
 
@@ -503,13 +587,15 @@ inline float pilot_of(const Channels<T>& x, const float* add, int64_t from, int6
 template <typename T>
 inline void deviations_of(
     const Channels<T>& x, const float* add, int64_t from, int64_t to, float pilot, double& sums,
-    double& squares) {
+    double& squares, float& peak) {
   sums = squares = 0;
   Deviations block;
+  Float most = {};
   int64_t room = kBlockFloats;
   const auto flush = [&] {
     sums += sum(block.sums);
     squares += sum(block.squares);
+    most = block.squares > most ? block.squares : most;
     block = {}, room = kBlockFloats;
   };
   for_stretches(x, add, from, to, [&](const T* data, int64_t length, double plus) {
@@ -527,16 +613,18 @@ inline void deviations_of(
     }
   });
   flush();
+  peak = largest(most);
 }
 
 constexpr int64_t kGroups = 16;  // the most that are worked on at a time
 
 // The mean and the reciprocal of the standard deviation of each of `count` groups, the first at channel
-// `begin`. Loops of independent groups: what one waits for, another computes.
+// `begin`, and a bound of its values' distance from the mean. Loops of independent groups: what one waits
+// for, another computes.
 template <typename T>
 inline void statistics_nchw(
     const Channels<T>& x, const float* add, int64_t begin, int64_t count, int64_t channels_per_group,
-    double eps, double* means, double* rstds) {
+    double eps, double* means, double* rstds, float* reach) {
   float pilots[kGroups];
   for (int64_t g = 0; g < count; ++g) {
     const int64_t from = begin + g * channels_per_group;
@@ -544,9 +632,12 @@ inline void statistics_nchw(
   }
   for (int64_t g = 0; g < count; ++g) {
     const int64_t from = begin + g * channels_per_group;
-    deviations_of(x, add, from, from + channels_per_group, pilots[g], means[g], rstds[g]);
+    deviations_of(x, add, from, from + channels_per_group, pilots[g], means[g], rstds[g], reach[g]);
   }
   statistics(count, channels_per_group * x.pixels, eps, pilots, means, rstds);
+  for (int64_t g = 0; g < count; ++g) {
+    reach[g] = __builtin_sqrtf(reach[g]) + static_cast<float>(__builtin_fabs(means[g] - pilots[g]));
+  }
 }
 
 // So many groups at a time that they are still in L1 when they are applied.
@@ -563,11 +654,12 @@ void group_norm_nchw(
     const int64_t count = std::min(at_once, groups - first);
     const int64_t begin = first * channels_per_group, end = begin + count * channels_per_group;
     double means[kGroups], rstds[kGroups];
-    statistics_nchw(x, args.add, begin, count, channels_per_group, args.eps, means, rstds);
+    float reach[kGroups];
+    statistics_nchw(x, args.add, begin, count, channels_per_group, args.eps, means, rstds, reach);
     for (int64_t from = begin; from < end; from += kChannels) {
       const int64_t to = std::min(from + kChannels, end);
       constexpr int64_t kRoom = kChannels + kLanes;
-      float center[kRoom], gain[kRoom], offset[kRoom];
+      float center[kRoom], gain[kRoom], offset[kRoom], distance[kRoom];
       for (int64_t c = from; c < to;) {
         const int64_t g = (c - begin) / channels_per_group;
         const int64_t next = std::min(to, begin + (g + 1) * channels_per_group), k = c - from;
@@ -575,14 +667,13 @@ void group_norm_nchw(
         fill(center + k, next - c, mean);
         fill(offset + k, next - c, static_cast<float>(means[g] - mean));
         fill(gain + k, next - c, static_cast<float>(rstds[g]));
+        fill(distance + k, next - c, reach[g]);
         c = next;
       }
-      fold(args, from, to - from, {center, gain, offset});
-      if (args.silu) {
-        apply_channels<true>(x, y, from, to, {center, gain, offset}, (end - begin) * pixels);
-      } else {
-        apply_channels<false>(x, y, from, to, {center, gain, offset}, (end - begin) * pixels);
-      }
+      const Folded by = {center, gain, offset};
+      fold(args, from, to - from, by);
+      const Act act = choose_act(args.silu, to - from, distance, by);
+      for_act(act, [&](auto act) { apply_channels<act>(x, y, from, to, by, (end - begin) * pixels); });
       for (int64_t c = from; concat && c < to; ++c) {
         std::memcpy(concat + c * pixels, x[c], pixels * sizeof(T));
       }

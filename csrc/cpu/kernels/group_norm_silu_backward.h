@@ -279,7 +279,8 @@ void backward_nchw(
   for (int64_t begin = 0; begin < channels; begin += at_once) {
     const int64_t end = std::min(begin + at_once, channels), count = (end - begin) / channels_per_group;
     double means[kGroups], rstds[kGroups];
-    statistics_nchw(planes, args.add, begin, count, channels_per_group, args.eps, means, rstds);
+    float reach[kGroups];
+    statistics_nchw(planes, args.add, begin, count, channels_per_group, args.eps, means, rstds, reach);
     for (int64_t g = 0; g < count; ++g) {
       const int64_t from = begin + g * channels_per_group;
       const float center = static_cast<float>(means[g]);

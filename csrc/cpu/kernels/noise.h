@@ -6,20 +6,11 @@
 #pragma once
 
 #include "../../philox.h"
+#include "box_muller.h"
 #include "vec.h"
 
 namespace ddpm_fast::cpu {
 namespace {
-
-inline Float uniform(UInt r) { return (__builtin_convertvector(r, Float) + 0.5f) * 0x1p-32f; }
-
-inline void box_muller(UInt r0, UInt r1, Float& z0, Float& z1) {
-  const Float radius = sqrt(-2.0f * log(uniform(r0)));
-  Float sine, cosine;
-  sincos_turns(uniform(r1), sine, cosine);
-  z0 = radius * cosine;
-  z1 = radius * sine;
-}
 
 // Two registers at a time: each of Philox's ten rounds waits for the one before, and the other register's
 // fill the wait.
@@ -27,8 +18,9 @@ struct Two {
   UInt of[2];
 };
 
-inline Two operator^(const Two& x, const Two& y) { return {x.of[0] ^ y.of[0], x.of[1] ^ y.of[1]}; }
-inline Two operator^(const Two& x, uint32_t y) { return {x.of[0] ^ y, x.of[1] ^ y}; }
+inline Two xor_of(const Two& a, const Two& b, uint32_t key) {
+  return {xor_of(a.of[0], b.of[0], key), xor_of(a.of[1], b.of[1], key)};
+}
 
 struct TwoMulHiLo {
   void operator()(uint32_t a, const Two& b, Two& hi, Two& lo) const {
@@ -36,18 +28,20 @@ struct TwoMulHiLo {
   }
 };
 
-// first, first + 1, ..., in store_quads' order of lanes.
-inline Two counters(uint32_t first) {
-  UInt quads;
-  for (int lane = 0; lane < kLanes; ++lane) quads[lane] = first + quad_of(lane);
-  return {{quads, quads + kLanes}};
-}
-
 constexpr int64_t kDrawn = 8 * kLanes;  // normals at a time: four of a quad in each lane
 
-// the normals of these counters, quad after quad
-inline void draw(Two (&c)[4], uint64_t seed, float* out) {
-  philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), TwoMulHiLo{});
+struct Keys {  // of all rounds: read from memory they cost nothing, made from round to round they do
+  PhiloxKey of[kPhiloxRounds];
+
+  explicit Keys(uint64_t seed) {
+    of[0] = {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}};
+    for (int round = 1; round < kPhiloxRounds; ++round) of[round] = of[round - 1].next();
+  }
+};
+
+// The normals of these counters, quad after quad.
+inline void draw(Two (&c)[4], const Keys& keys, float* out) {
+  for (const PhiloxKey& key : keys.of) philox_round(c, key, TwoMulHiLo{});
   for (int k = 0; k < 2; ++k) {
     Float z[4];
     box_muller(c[0].of[k], c[1].of[k], z[0], z[1]);
@@ -56,22 +50,26 @@ inline void draw(Two (&c)[4], uint64_t seed, float* out) {
   }
 }
 
-inline void draw(uint64_t seed, uint32_t stream_step, uint64_t image, uint32_t quad, float* out) {
+inline void draw(const Keys& keys, uint32_t stream_step, uint64_t image, uint32_t quad, float* out) {
   const auto all = [](uint32_t value) { return Two{{UInt{} + value, UInt{} + value}}; };
+  const UInt quads = quads_of_lanes() + quad;
   Two c[4] = {
-      counters(quad), all(stream_step), all(static_cast<uint32_t>(image)),
+      {{quads, quads + kLanes}},
+      all(stream_step),
+      all(static_cast<uint32_t>(image)),
       all(static_cast<uint32_t>(image >> 32))};
-  draw(c, seed, out);
+  draw(c, keys, out);
 }
 
 void normal(uint64_t seed, uint32_t stream_step, uint64_t image, int64_t begin, float* out, int64_t n) {
+  const Keys keys(seed);
   for (int64_t done = 0; done < n; done += kDrawn) {
     const uint32_t quad = static_cast<uint32_t>((begin + done) / 4);
     if (n - done >= kDrawn) {
-      draw(seed, stream_step, image, quad, out + done);
+      draw(keys, stream_step, image, quad, out + done);
     } else {
       float rest[kDrawn];
-      draw(seed, stream_step, image, quad, rest);
+      draw(keys, stream_step, image, quad, rest);
       std::memcpy(out + done, rest, (n - done) * sizeof(float));
     }
   }
@@ -83,6 +81,7 @@ void normal_each(
   constexpr int64_t kQuads = 2 * kLanes;
   const int64_t quads = (elements + 3) / 4;  // of an image
   const UInt steps = UInt{} + stream_step;
+  const Keys keys(seed);
   int64_t image = 0, quad = 0, written = 0;
   float* to = out;
   for (int64_t done = 0; done < count * quads; done += kQuads) {
@@ -102,7 +101,7 @@ void normal_each(
       }
     }
     float drawn[kDrawn];
-    draw(c, seed, drawn);
+    draw(c, keys, drawn);
     for (int64_t k = 0; k < kQuads && done + k < count * quads; ++k) {
       const int64_t left = elements - written, n = left < 4 ? left : 4;
       for (int64_t e = 0; e < n; ++e) to[e] = drawn[4 * k + e];

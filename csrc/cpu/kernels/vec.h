@@ -147,6 +147,12 @@ inline void store_pair(T* to, Pair from) {
   store(to + kLanes, from.b);
 }
 
+// Rounded to nearest, of a half's two neighbours to either: for what is not exact to the last bit anyway.
+template <typename T>
+inline void store_pair_near(T* to, Pair from) {
+  store_pair(to, from);
+}
+
 // Where a pair holds element k, and which element it holds at k.
 template <typename T>
 constexpr int slot_of(int k) {
@@ -175,6 +181,12 @@ inline void store_pair(BFloat16* to, Pair from) {
   std::memcpy(to, &both, sizeof(both));
 }
 
+inline void store_pair_near(BFloat16* to, Pair from) {
+  const UInt low = (bit_cast<UInt>(from.a) + 0x8000) >> 16;
+  const UInt both = low | ((bit_cast<UInt>(from.b) + 0x8000) & 0xFFFF0000);
+  std::memcpy(to, &both, sizeof(both));
+}
+
 template <>
 constexpr int slot_of<BFloat16>(int k) {
   return k % 2 * kLanes + k / 2;
@@ -183,6 +195,17 @@ constexpr int slot_of<BFloat16>(int k) {
 template <>
 constexpr int element_at<BFloat16>(int k) {
   return k % kLanes * 2 + k / kLanes;
+}
+
+// The first half of the lanes of `first`, the second of `second`.
+inline Float blend_halves(Float first, Float second) {
+#if defined(__AVX512F__)
+  return _mm512_mask_blend_ps(0xFF00, first, second);
+#else
+  Int lane;
+  for (int k = 0; k < kLanes; ++k) lane[k] = k;
+  return lane < kLanes / 2 ? first : second;
+#endif
 }
 
 // The first n lanes; zero in the rest.
@@ -202,6 +225,17 @@ inline float sum(Float x) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
   return lanes[0];
+#endif
+}
+
+// The largest of positive numbers.
+inline float largest(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
+  float most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) most = x[lane] > most ? x[lane] : most;
+  return most;
 #endif
 }
 
@@ -275,96 +309,13 @@ inline Float divide(Float x, Float y) {
 #endif
 }
 
-// x / (1 + e^-x); NaN stays. Below the bound it is 0 but for what no float32 sum would see.
-inline Float silu(Float x) {
-  x = at_least(x, -kExpBound);
+inline UInt xor_of(UInt a, UInt b, uint32_t key) {
 #if defined(__AVX512F__)
-  const Float z = x * -1.44269504f;
-  const Float r =
-      _mm512_reduce_ps(z, 1);  // z - floor(z); 2^r by its minimax polynomial on [0, 1], 9e-8 relative
-  Float p = broadcast(1.8775767e-3f);
-  p = p * r + 8.9893397e-3f;
-  p = p * r + 5.5826318e-2f;
-  p = p * r + 2.4015361e-1f;
-  p = p * r + 6.9315308e-1f;
-  p = p * r + 9.9999994e-1f;
-  return divide(x, 1.0f + _mm512_scalef_ps(p, z));
+  const __m512i x = bit_cast<__m512i>(a), y = bit_cast<__m512i>(b);
+  return bit_cast<UInt>(_mm512_ternarylogic_epi32(x, y, _mm512_set1_epi32(static_cast<int>(key)), 0x96));
 #else
-  return divide(x, 1.0f + exp<-1>(at_most(x, kExpBound)));
+  return a ^ b ^ key;
 #endif
-}
-
-// The same to 1.4e-4 (AVX-512) or 4.5e-4 of its value: for what is rounded to bfloat16, by up to 3.9e-3.
-inline Float silu_to_bfloat16(Float x) {
-#if defined(__AVX512F__)
-  // Nothing is clamped: past float32's range e^-x is infinite, and x times the reciprocal is 0.
-  const Float z = x * -1.44269504f;
-  const Float r = _mm512_reduce_ps(z, 1);
-  Float p = broadcast(7.8024521e-2f);
-  p = p * r + 2.2606716e-1f;
-  p = p * r + 6.9583356e-1f;
-  p = p * r + 9.9992520e-1f;
-  return x * _mm512_rcp14_ps(1.0f + _mm512_scalef_ps(p, z));
-#else
-  x = at_least(x, -kExpBound);
-  const Float z = at_most(x, kExpBound) * -1.44269504f;
-  const Float shifted = z + kRoundMagic;
-  const Float r = z - (shifted - kRoundMagic);
-  Float p = broadcast(5.5171669e-2f);
-  p = p * r + 2.4261113e-1f;
-  p = p * r + 6.9326097e-1f;
-  p = p * r + 9.9992806e-1f;
-  const Float y = 1.0f + bit_cast<Float>(bit_cast<Int>(p) + (bit_cast<Int>(shifted) << 23));
-#if defined(__AVX2__)
-  return x * _mm256_rcp_ps(y);
-#else
-  return x / y;
-#endif
-#endif
-}
-
-// ln x for normal x > 0 (Cephes logf).
-inline Float log(Float x) {
-  Int bits = bit_cast<Int>(x);
-  const Int exponent_of_root = (bits - 0x3F3504F3) >> 23;  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
-  bits -= exponent_of_root << 23;
-  const Float e = __builtin_convertvector(exponent_of_root, Float);
-  const Float m = bit_cast<Float>(bits) - 1.0f;
-  Float p = broadcast(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const Float square = m * m;
-  Float y = p * m * square - e * 2.12194440e-4f;
-  y = y - 0.5f * square;
-  return m + y + e * 0.693359375f;
-}
-
-// sine and cosine of 2 pi u for u in [0, 1]: the quadrant comes off exactly.
-inline void sincos_turns(Float u, Float& sine, Float& cosine) {
-  const Float shifted = 4.0f * u + kRoundMagic;
-  const Int quadrant = bit_cast<Int>(shifted);
-  const Float angle = (4.0f * u - (shifted - kRoundMagic)) * 1.57079632679f;
-  const Float square = angle * angle;
-  Float s = broadcast(-1.9515295891e-4f);
-  s = s * square + 8.3321608736e-3f;
-  s = s * square - 1.6666654611e-1f;
-  s = s * square * angle + angle;
-  Float c = broadcast(2.443315711809948e-5f);
-  c = c * square - 1.388731625493765e-3f;
-  c = c * square + 4.166664568298827e-2f;
-  c = c * (square * square) - 0.5f * square + 1.0f;
-  const Int odd = -(quadrant & 1);
-  const Int sine_sign = (quadrant & 2) << 30;
-  const Int cosine_sign = ((quadrant + 1) & 2) << 30;
-  const Int s_bits = bit_cast<Int>(s), c_bits = bit_cast<Int>(c);
-  sine = bit_cast<Float>(((odd & c_bits) | (~odd & s_bits)) ^ sine_sign);
-  cosine = bit_cast<Float>(((odd & s_bits) | (~odd & c_bits)) ^ cosine_sign);
 }
 
 struct VectorMulHiLo {
@@ -394,8 +345,16 @@ struct VectorMulHiLo {
 };
 
 // Lanes are numbered so that four registers, each of one element of kLanes quads, are stored by few shuffles:
-// lane l has quad quad_of(l).
-inline uint32_t quad_of(int lane) { return kLanes / 4 * (lane % 4) + lane / 4; }
+// these are the lanes' quads.
+inline UInt quads_of_lanes() {
+  constexpr struct Quads {
+    uint32_t of[kLanes];
+    constexpr Quads() : of() {
+      for (int lane = 0; lane < kLanes; ++lane) of[lane] = kLanes / 4 * (lane % 4) + lane / 4;
+    }
+  } kQuads;
+  return bit_cast<UInt>(kQuads.of);
+}
 
 inline void store_quads(float* to, const Float (&z)[4]) {
 #if defined(__AVX512F__)
