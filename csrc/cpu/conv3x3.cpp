@@ -77,6 +77,11 @@ Workspace& for_products() {
   return workspace;
 }
 
+Workspace& for_scratch() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
 // With blocks for every thread a thread takes whole ones, and nothing waits. With fewer, all tiles are
 // transformed, and then each thread takes panels of output channels: it reads their weights alone.
 void run(
@@ -87,8 +92,9 @@ void run(
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       float* const transformed = for_tiles().floats(plan.transformed);
       float* const products = for_products().floats(plan.products);
+      float* const scratch = for_scratch().floats(plan.scratch);
       for (int64_t block = first; block < last; ++block) {
-        kernels.transform(plan, x, block, 0, plan.block, transformed);
+        kernels.transform(plan, x, block, 0, plan.block, transformed, scratch);
         kernels.run(plan, transformed, packed, bias, plus, y, block, 0, plan.panels, products);
       }
     });
@@ -96,11 +102,12 @@ void run(
   }
   float* const transformed = for_tiles().floats(blocks * plan.transformed);
   torch::stable::parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
+    float* const scratch = for_scratch().floats(plan.scratch);
     for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
       const int64_t begin = block * plan.block;
       kernels.transform(
           plan, x, block, std::max<int64_t>(first - begin, 0), std::min(last - begin, plan.block),
-          transformed + block * plan.transformed);
+          transformed + block * plan.transformed, scratch);
     }
   });
   torch::stable::parallel_for(0, plan.panels * blocks, 1, [&](int64_t first, int64_t last) {
@@ -112,6 +119,11 @@ void run(
           products);
     }
   });
+}
+
+int64_t conv3x3_packed_size_cpu(int64_t in_channels, int64_t out_channels, int64_t down, int64_t across) {
+  check(in_channels > 0 && out_channels > 0, "channels must be positive");
+  return kernels_of(down, across).plan({1, 1, 1, in_channels, out_channels}, 1).packed;
 }
 
 void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed) {
@@ -128,7 +140,8 @@ void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed
   float* const to = static_cast<float*>(packed.mutable_data_ptr());
   in_huge_pages(to, plan.packed);
   torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
-    kernels.pack(plan, floats(weight), first, last, to);
+    float* const scratch = for_scratch().floats(32 * plan.scratch);
+    kernels.pack(plan, floats(weight), first, last, to, scratch);
   });
 }
 
@@ -172,6 +185,10 @@ Tensor conv3x3_cpu(
   const Tensor packed = torch::stable::new_empty(weight, {plan.packed});
   conv3x3_pack_cpu(weight, down, across, packed);
   return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, m) {
+  m.impl("conv3x3_packed_size", TORCH_BOX(&conv3x3_packed_size_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {

@@ -3,7 +3,11 @@
 
 #include <type_traits>
 
+#if defined(__AMX_INT8__)
+#include "kernels/conv3x3_amx.h"
+#else
 #include "kernels/conv3x3.h"
+#endif
 #include "kernels/convert.h"
 #include "kernels/fingerprint.h"
 #include "kernels/group_norm_silu.h"
@@ -74,6 +78,14 @@ void group_norm_backward_nchw_any(
   if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
 }
 
+#if defined(__AMX_INT8__)
+template <int kDown, int kAcross>
+using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross>;
+#else
+template <int kDown, int kAcross>
+using Conv3x3ByIsa = Conv3x3<kDown, kAcross>;
+#endif
+
 }  // namespace
 
 extern const Kernels DDPM_FAST_ISA;
@@ -90,7 +102,8 @@ const Kernels DDPM_FAST_ISA = {
     group_norm_nchw_any,
     group_norm_backward_nhwc_any,
     group_norm_backward_nchw_any,
-    {Conv3x3<1, 1>::kKernels, Conv3x3<2, 2>::kKernels, Conv3x3<4, 2>::kKernels, Conv3x3<4, 4>::kKernels},
+    {Conv3x3ByIsa<1, 1>::kKernels, Conv3x3ByIsa<2, 2>::kKernels, Conv3x3ByIsa<4, 2>::kKernels,
+     Conv3x3ByIsa<4, 4>::kKernels},
     fingerprint,
 };
 

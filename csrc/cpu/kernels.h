@@ -54,9 +54,10 @@ struct Conv3x3Plan : Conv3x3Shape {
   int64_t blocks;       // a multiple of the threads, where there are so many
   int64_t panels;       // of output channels
   int64_t panel_size;   // of a panel's packed weights
-  int64_t packed;       // of all of them, and what fills 32 channels: the same for every instruction set
+  int64_t packed;       // of all of them, and what fills 32 channels
   int64_t transformed;  // of a block's transformed inputs
   int64_t products;     // of a panel's products with them
+  int64_t scratch;      // of what `transform` needs besides, and `pack` for each of a panel's channels
 };
 
 // In tiles of down x across outputs. x, plus and y are channels last; bias and plus may be null.
@@ -65,10 +66,12 @@ struct Conv3x3Kernels {
 
   Conv3x3Plan (*plan)(const Conv3x3Shape&, int64_t threads);
   // panels [first, last) of the weights (K, C, 3, 3)
-  void (*pack)(const Conv3x3Plan&, const float* weight, int64_t first, int64_t last, float* packed);
+  void (*pack)(const Conv3x3Plan&, const float* weight, int64_t first, int64_t last, float* packed,
+      float* scratch);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
-      const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed);
+      const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      float* scratch);
   void (*run)(
       const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const float* plus,
       float* y, int64_t block, int64_t first, int64_t last, float* products);

@@ -105,7 +105,8 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
     _check_weight(weight)
     choose("conv3x3", "native", weight)
     out_channels, in_channels = weight.shape[:2]
-    packed = _on_a_huge_page((out_channels + 31) // 32 * 32 * (down + 2) * (across + 2) * in_channels)
+    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(in_channels, out_channels, down, across)
+    packed = _on_a_huge_page(size)
     torch.ops.ddpm_fast.conv3x3_pack.default(weight.detach(), down, across, packed)
     return PackedConv3x3(packed, in_channels, out_channels, algorithm)
 
@@ -216,6 +217,7 @@ define(
     file="conv3x3",
     autograd=lambda _: (_backward, _save_inputs),
 )
+LIBRARY.define("conv3x3_packed_size(int in_channels, int out_channels, int down, int across) -> int")
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "conv3x3_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_channels, "
