@@ -42,7 +42,6 @@ SHAPES = [  # (B, C, K, H, W)
     (1, 128, 33, 32, 32),
     (1, 1, 1, 2, 9),
     (8, 33, 96, 3, 6),
-    (1, 330, 40, 16, 12),
 ]
 
 
@@ -299,7 +298,7 @@ def test_bad_input_to_a_packed_weight():
         ops.pack_conv3x3(torch.zeros(4, 3, 1, 1))
     with pytest.raises(ValueError, match="a packed weight does not have: use conv3x3"):
         ops.conv3x3_packed(x.clone().requires_grad_(), packed)
-    with pytest.raises(ValueError, match="packed must be what conv3x3_pack made"):
+    with pytest.raises(ValueError, match="packed must be what was made"):
         torch.ops.ddpm_fast.conv3x3_packed(x, packed.weight[1:], None, None, 4, 2, 2)
     with pytest.raises(ValueError, match="there are no tiles of 3 x 3 outputs"):
         torch.ops.ddpm_fast.conv3x3_packed(x, packed.weight, None, None, 4, 3, 3)

@@ -79,11 +79,11 @@ void group_norm_backward_nchw_any(
 }
 
 #if defined(__AMX_INT8__)
-template <int kDown, int kAcross>
-using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross>;
+template <int kDown, int kAcross, int kTaps = 3>
+using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps>;
 #else
-template <int kDown, int kAcross>
-using Conv3x3ByIsa = Conv3x3<kDown, kAcross>;
+template <int kDown, int kAcross, int kTaps = 3>
+using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps>;
 #endif
 
 }  // namespace
@@ -103,7 +103,7 @@ const Kernels DDPM_FAST_ISA = {
     group_norm_backward_nhwc_any,
     group_norm_backward_nchw_any,
     {Conv3x3ByIsa<1, 1>::kKernels, Conv3x3ByIsa<2, 2>::kKernels, Conv3x3ByIsa<4, 2>::kKernels,
-     Conv3x3ByIsa<4, 4>::kKernels},
+     Conv3x3ByIsa<4, 4>::kKernels, Conv3x3ByIsa<1, 1, 1>::kKernels},
     fingerprint,
 };
 

@@ -62,12 +62,12 @@ struct Conv3x3Plan : Conv3x3Shape {
 
 // In tiles of down x across outputs. x, plus and y are channels last; bias and plus may be null.
 struct Conv3x3Kernels {
-  int64_t down, across;
+  int64_t taps, down, across;  // taps: 3, or 1 for a linear layer on the pixels
 
   Conv3x3Plan (*plan)(const Conv3x3Shape&, int64_t threads);
-  // panels [first, last) of the weights (K, C, 3, 3)
-  void (*pack)(const Conv3x3Plan&, const float* weight, int64_t first, int64_t last, float* packed,
-      float* scratch);
+  // panels [first, last) of the weights (K, C, taps, taps)
+  void (*pack)(
+      const Conv3x3Plan&, const float* weight, int64_t first, int64_t last, float* packed, float* scratch);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
       const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
@@ -112,7 +112,7 @@ struct Kernels {
       Dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&, const GroupNormGradients&, float* scratch);
 
-  Conv3x3Kernels conv3x3[4];
+  Conv3x3Kernels conv3x3[5];
 
   uint64_t (*fingerprint)(const void* data, int64_t bytes);
 };

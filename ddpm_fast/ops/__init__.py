@@ -6,11 +6,13 @@ from .counter_normal import counter_normal, philox4x32_10
 from .fingerprint import fingerprint
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu_concat import group_norm_silu_concat
+from .linear import PackedLinear, linear_packed, pack_linear
 from .posterior_step import bind_step, posterior_step, posterior_step_
 from .q_sample import q_sample, q_sample_counter
 
 __all__ = [
     "PackedConv3x3",
+    "PackedLinear",
     "as_image_index",
     "as_seed",
     "bind_step",
@@ -20,7 +22,9 @@ __all__ = [
     "fingerprint",
     "group_norm_silu",
     "group_norm_silu_concat",
+    "linear_packed",
     "pack_conv3x3",
+    "pack_linear",
     "philox4x32_10",
     "posterior_step",
     "posterior_step_",

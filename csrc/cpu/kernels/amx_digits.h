@@ -13,13 +13,13 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-constexpr int kDepth = 64;                    // channels of a tile
-constexpr int kMostDepth = 4;                 // tiles whose sums stay integers: 32 rows of them fit the first cache
-constexpr int kTile = 16 * 64;                // bytes
+constexpr int kDepth = 64;      // channels of a tile
+constexpr int kMostDepth = 4;   // tiles whose sums stay integers: 32 rows of them fit the first cache
+constexpr int kTile = 16 * 64;  // bytes
 constexpr int kDigits = 3;
-constexpr float kLargest = 0x7F7F00;          // its digits, and those of what rounds to it, are in range
-constexpr float kUnit = 4096 / kLargest;      // of a row with max|v| = 1; the 2^-12 are in the products
-constexpr float kSmallest = 0x1p-100f;        // of max|v|: rows of smaller numbers lose digits
+constexpr float kLargest = 0x7F7F00;      // its digits, and those of what rounds to it, are in range
+constexpr float kUnit = 4096 / kLargest;  // of a row with max|v| = 1; the 2^-12 are in the products
+constexpr float kSmallest = 0x1p-100f;    // of max|v|: rows of smaller numbers lose digits
 
 // The largest magnitudes, lane by lane, as bits: an infinity is larger than any number, a NaN larger still.
 struct Magnitude {
@@ -50,7 +50,8 @@ inline Int largest_of(const Magnitude (&rows)[16]) {
   return bit_cast<Int>(quarters(two[0], two[1]));
 }
 
-// What rows of such magnitudes are multiplied by to be integers, and their units: NaN for one that is not finite.
+// What rows of such magnitudes are multiplied by to be integers, and their units: NaN for one that is not
+// finite.
 struct Scale {
   Float to, unit;
 

@@ -25,8 +25,8 @@ class Tiles {
 };
 
 struct DigitProduct {
-  const int8_t* a;  // [depth][digit][tile]
-  int64_t a_rows;   // bytes, to the next 16 rows
+  const int8_t* a;       // [depth][digit][tile]
+  int64_t a_rows;        // bytes, to the next 16 rows
   const float* rows;     // units
   const int8_t* b;       // [depth][digit][tile]
   const float* columns;  // units
@@ -38,8 +38,8 @@ struct DigitProduct {
   bool adds;             // to what is in m
 };
 
-// 32 rows' products with 16 columns, or 16 rows'. The tiles' sums go to m beside the next ones' multiplication,
-// some rows after each step: vectors and tiles are different units of the processor.
+// 32 rows' products with 16 columns, or 16 rows'. The tiles' sums go to m beside the next ones'
+// multiplication, some rows after each step: vectors and tiles are different units of the processor.
 class DigitProducts {
  public:
   void multiply(const DigitProduct& of) { of.count > 16 ? multiply<2>(of) : multiply<1>(of); }
@@ -114,8 +114,7 @@ class DigitProducts {
         return sum;
       };
       const Int low = places(1) + (places(2) >> 8);
-      const Float sum =
-          __builtin_convertvector(places(0), Float) * 256 + __builtin_convertvector(low, Float);
+      const Float sum = __builtin_convertvector(places(0), Float) * 256 + __builtin_convertvector(low, Float);
       const Float unit = columns * units[row];
       store(m, kAdds ? load(m) + sum * unit : sum * unit);
     }

@@ -31,11 +31,11 @@ inline int64_t tiles_in(const Conv3x3Plan& plan, int64_t block) {
   return rest < 0 ? 0 : rest < plan.block ? rest : plan.block;
 }
 
-// The convolution in tiles of kDown x kAcross outputs.
-template <int kDown, int kAcross>
+// The convolution in tiles of kDown x kAcross outputs; with one tap it is a linear layer on the pixels.
+template <int kDown, int kAcross, int kTaps = 3>
 struct Conv3x3 {
-  using Down = Winograd<kDown>;
-  using Across = Winograd<kAcross>;
+  using Down = Winograd<kDown, kTaps>;
+  using Across = Winograd<kAcross, kTaps>;
   static constexpr int kRows = Down::kSize, kColumns = Across::kSize;  // of inputs
 
   // With at most `most` tiles in a block.
@@ -63,23 +63,25 @@ struct Conv3x3 {
 
   // Calls put(position, channel, half, u) with a panel's transformed weights.
   template <typename Put>
-  static inline void each_weight(const Conv3x3Plan& plan, const float* weight, int64_t panel, const Put& put) {
+  static inline void each_weight(
+      const Conv3x3Plan& plan, const float* weight, int64_t panel, const Put& put) {
     const int64_t channels = plan.in_channels, k = panel * kPanel;
     const int64_t width = plan.out_channels - k < kPanel ? plan.out_channels - k : kPanel;
     for (int64_t c = 0; c < channels; ++c) {
-      float taps[9][kPanel] = {};
+      float taps[kTaps * kTaps][kPanel] = {};
       for (int64_t l = 0; l < width; ++l) {
-        for (int t = 0; t < 9; ++t) taps[t][l] = weight[((k + l) * channels + c) * 9 + t];
+        const float* const from = weight + ((k + l) * channels + c) * kTaps * kTaps;
+        for (int t = 0; t < kTaps * kTaps; ++t) taps[t][l] = from[t];
       }
       for (int half = 0; half < 2; ++half) {
         const auto tap = [&](int t) { return load(taps[t] + half * kLanes); };
-        Float down[3][kRows], u[kColumns];
-        for (int j = 0; j < 3; ++j) {
-          const Float g[3] = {tap(j), tap(3 + j), tap(6 + j)};
+        Float g[kTaps], down[kTaps][kRows], u[kColumns];
+        for (int j = 0; j < kTaps; ++j) {
+          for (int t = 0; t < kTaps; ++t) g[t] = tap(t * kTaps + j);
           Down::weight(g, down[j]);
         }
         for (int i = 0; i < kRows; ++i) {
-          const Float g[3] = {down[0][i], down[1][i], down[2][i]};
+          for (int t = 0; t < kTaps; ++t) g[t] = down[t][i];
           Across::weight(g, u);
           for (int j = 0; j < kColumns; ++j) put(i * kColumns + j, c, half, u[j]);
         }
@@ -116,7 +118,7 @@ struct Conv3x3 {
     const float* pixels[kRows][kColumns];  // null where they are padding
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
-        const int64_t row = at.row + i - 1, column = at.column + j - 1;
+        const int64_t row = at.row + i - kTaps / 2, column = at.column + j - kTaps / 2;
         const bool inside = row >= 0 && row < plan.height && column >= 0 && column < plan.width;
         const int64_t pixel = (at.image * plan.height + row) * plan.width + column;
         pixels[i][j] = inside ? x + pixel * channels : nullptr;
@@ -247,7 +249,7 @@ struct Conv3x3 {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kDown, kAcross, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, transform, run};
 };
 
 }  // namespace

@@ -9,12 +9,12 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-template <int kDown, int kAcross>
-struct Conv3x3Amx : Conv3x3<kDown, kAcross> {
-  using Base = Conv3x3<kDown, kAcross>;
+template <int kDown, int kAcross, int kTaps = 3>
+struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps> {
+  using Base = Conv3x3<kDown, kAcross, kTaps>;
   using Base::kColumns, Base::kRows;
   static constexpr int kPositions = kRows * kColumns;
-  static constexpr int64_t kMost = 64;  // tiles of a block
+  static constexpr int64_t kMost = kTaps == 1 ? 256 : 64;  // tiles of a block
 
   // Few channels are left to vectors: most of a tile would be empty, and their float32 errs by less.
   static bool is_narrow(const Conv3x3Shape& shape) { return shape.in_channels < kDepth; }
@@ -81,7 +81,8 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross> {
     if (is_narrow(plan)) return Base::transform(plan, x, block, first, last, transformed, scratch);
     const int64_t channels = depth(plan) * kDepth, tiles = tiles_in(plan, block);
     for (int64_t c = plan.in_channels / kLanes * kLanes; c < channels; c += kLanes) {
-      for (int position = 0; position < kPositions; ++position) store(scratch + position * channels + c, Float{});
+      for (int position = 0; position < kPositions; ++position)
+        store(scratch + position * channels + c, Float{});
     }
     for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
       Magnitude largest[ceil_div(kPositions, 16)][16];
@@ -97,7 +98,8 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross> {
           int8_t* digits = to + tile / 16 * depth(plan) * kDigits * kTile + tile % 16 * 64;
           const float* from = scratch + (position + k) * channels;
           for (int64_t c = 0; c < channels; c += kDepth, digits += kDigits * kTile) {
-            const Float v[4] = {load(from + c), load(from + c + 16), load(from + c + 32), load(from + c + 48)};
+            const Float v[4] = {
+                load(from + c), load(from + c + 16), load(from + c + 32), load(from + c + 48)};
             store_digits(v, broadcast(scale.to[k]), digits, kTile);
           }
         }
@@ -157,7 +159,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross> {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kDown, kAcross, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, transform, run};
 };
 
 }  // namespace
