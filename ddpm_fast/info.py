@@ -53,4 +53,3 @@ def _backend(op: str, device: str) -> str:
     else:
         why = "moves the fewest bytes; its time is not measured"
     return f"{chosen} ({why})"
-

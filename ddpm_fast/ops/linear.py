@@ -85,6 +85,8 @@ def _fake(x, packed, bias, plus, out_features):
 
 LIBRARY.define("linear_packed_size(int in_features, int out_features) -> int")
 LIBRARY.define("linear_pack(Tensor weight, Tensor(a!) packed) -> ()")
-LIBRARY.define("linear_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_features) -> Tensor")
+LIBRARY.define(
+    "linear_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_features) -> Tensor"
+)
 torch.library.register_fake("ddpm_fast::linear_pack", lambda weight, packed: None, lib=LIBRARY)
 torch.library.register_fake("ddpm_fast::linear_packed", _fake, lib=LIBRARY)
