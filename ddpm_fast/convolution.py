@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops._dispatch import choose
+from .ops._dispatch import choose, cpu_kernels
+
+Own = ops.PackedConv3x3 | ops.PackedLinear
 
 
 class Packed(NamedTuple):
     key: tuple
-    weight: Tensor | ops.PackedConv3x3  # opaque: only oneDNN, or our own kernels, read it
+    weight: Tensor | Own  # opaque: only oneDNN, or our own kernels, read it
 
 
 class Kept(NamedTuple):
     algorithm: str
     shape: torch.Size
     fingerprint: int  # of the values that were packed
-    packed: ops.PackedConv3x3
+    packed: Own
 
 
 Packs = dict[nn.Module, Packed]
@@ -70,12 +72,16 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn._is_mkldnn_bf16_supported())
 
 
+def has_amx() -> bool:
+    return cpu_kernels().startswith("amx")
+
+
 def fastest_conv3x3(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str | None:
     """The fastest algorithm of `ops.conv3x3` with a packed weight, None where oneDNN is faster still.
 
     A weight is read from beyond the caches for every 48 tiles of outputs, 36, 24, 16 or 9 numbers for each
     pair of channels: with few tiles that takes longer than the products, and the larger tile loses. Times
-    faster than oneDNN, one thread, 256 channels (128 at 32x32), the network's layers in order:
+    faster than oneDNN, one thread, AVX-512, 256 channels (128 at 32x32), the network's layers in order:
 
     ======  ====  ====  ====  ====  ======
     batch   side  f4    f4x2  f2    direct
@@ -90,19 +96,36 @@ def fastest_conv3x3(batch: int, in_channels: int, out_channels: int, height: int
     8       4     1.4   2.0   2.2   1.2
     ======  ====  ====  ====  ====  ======
 
+    On AMX products cost a quarter of that, and the weights' way from memory counts for more: F(4x4) is ahead
+    of F(2x2), if at all, by a tenth, with 2.3 times its memory and 2.5 times its error.
+
+    ======  ====  ====  ====  ====  ======
+    batch   side  f4    f4x2  f2    direct
+    ======  ====  ====  ====  ====  ======
+    1       32    2.9   3.1   2.9   1.7
+    1       16    2.4   2.6   2.6   1.7
+    1       8     1.0   1.3   1.8   1.7
+    1       4     0.6   0.8   1.1   1.5
+    8       32    3.6   3.6   3.2   1.7
+    8       16    3.5   3.3   3.5   1.9
+    8       8     2.8   3.0   3.1   1.7
+    8       4     1.6   2.5   2.8   1.8
+    ======  ====  ====  ====  ====  ======
+
     Of 3 input channels' 16 lanes most are empty.
     """
     if in_channels < 16:
         return None
 
-    def tiles(down: int, across: int) -> int:
-        return batch * -(-height // down) * -(-width // across)
-
-    if tiles(4, 4) >= 32:
+    if tiles(batch, height, width, 4, 4) >= 32 and not has_amx():
         return "f4"
-    if tiles(4, 2) >= 32:
+    if tiles(batch, height, width, 4, 2) >= 32 and not has_amx():
         return "f4x2"
-    return "f2" if tiles(2, 2) >= 16 else "direct"
+    return "f2" if tiles(batch, height, width, 2, 2) >= 16 else "direct"
+
+
+def tiles(batch: int, height: int, width: int, down: int, across: int) -> int:
+    return batch * -(-height // down) * -(-width // across)
 
 
 class Conv2d(nn.Conv2d):
@@ -139,10 +162,8 @@ class Conv2d(nn.Conv2d):
 
     def _packable(self, x: Tensor) -> bool:
         return (
-            not torch.is_grad_enabled()
-            and self._fits(x)
-            and type(self.weight) is nn.Parameter  # one that is computed anew at each call has no version
-            and not self.weight.is_inference()
+            _is_frozen(self.weight, x)
+            and x.is_contiguous(memory_format=torch.channels_last)
             and torch.backends.mkldnn.enabled
             and can_pack(x.dtype)
         )
@@ -156,29 +177,23 @@ class Conv2d(nn.Conv2d):
         return (
             torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and self._fits(x)
-            and self.out_channels >= 16
-            and self._algorithm(x) == "f4"
-        )
-
-    def _fits(self, x: Tensor) -> bool:
-        return (
-            type(x) is Tensor
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype
+            and _suits(self.weight, x)
             and x.is_contiguous(memory_format=torch.channels_last)
-            and not torch.is_autocast_enabled("cpu")
+            and self._is_ours(x)
+            and min(self.in_channels, self.out_channels) >= 16
+            and tiles(len(x), *x.shape[2:], 4, 4) >= 32
         )
 
     def _algorithm(self, x: Tensor) -> str | None:
         """Which of our own kernels, None for oneDNN's."""
-        window = (self.kernel_size, self.stride, self.padding, self.dilation)
-        if _LOW_MEMORY.get():
-            return None
-        if window != ((3, 3), (1, 1), (1, 1), (1, 1)) or choose("conv3x3", None, x) != "native":
+        if _LOW_MEMORY.get() or not self._is_ours(x):
             return None
         batch, _, height, width = x.shape
         return fastest_conv3x3(batch, self.in_channels, self.out_channels, height, width)
+
+    def _is_ours(self, x: Tensor) -> bool:
+        window = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and choose("conv3x3", None, x) == "native"
 
     def _pack(self, x: Tensor, packs: Packs, algorithm: str | None) -> Tensor | ops.PackedConv3x3:
         weight = self.weight
@@ -198,9 +213,67 @@ class Conv2d(nn.Conv2d):
         return packed.weight
 
     def _kept(self, algorithm: str) -> ops.PackedConv3x3:
-        now = algorithm, self.weight.shape, ops.fingerprint(self.weight)
-        kept = _KEPT.get(self)
-        if kept is None or kept[:3] != now:
-            _KEPT.pop(self, None)
-            kept = _KEPT[self] = Kept(*now, ops.pack_conv3x3(self.weight, algorithm))
-        return kept.packed
+        return _keep(self, algorithm, lambda: ops.pack_conv3x3(self.weight, algorithm))
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that may add another tensor to its result, in its own kernel where that is the faster."""
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(..., C_in) -> (..., C_out), and ``plus``, of the result's shape, added to it."""
+        result = own_linear(self, x, self.bias, plus)
+        if result is None:
+            result = super().forward(x)
+            return result if plus is None else plus + result
+        return result
+
+
+def own_linear(
+    layer: nn.Linear | nn.Conv2d, x: Tensor, bias: Tensor | None, plus: Tensor | None
+) -> Tensor | None:
+    """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, ``plus`` added to it.
+
+    None where that is not for it: outside `packing`, or where BLAS is as fast, which is everywhere but on
+    AMX, and there below 16 rows, whose time is the weight's way from memory.
+    """
+    packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+    suits = packs is not None and x.dtype == torch.float32 and has_amx() and x[..., 0].numel() >= 16
+    if not suits or x.shape[-1] < 64 or not _is_frozen(layer.weight, x):
+        return None
+    if choose("linear", None, x) != "native":
+        return None
+    weight = layer.weight
+    key = ("linear", x.dtype, weight.data_ptr(), weight._version)
+    packed = packs.get(layer)
+    if packed is None or packed.key != key:
+        own = _keep(layer, "linear", lambda: ops.pack_linear(weight.flatten(1)))
+        packed = packs[layer] = Packed(key, own)
+    return ops.linear_packed(x, packed.weight, bias, plus=plus)
+
+
+def _is_frozen(weight: Tensor, x: Tensor) -> bool:
+    """Whether the weight may be laid out once for calls like this one."""
+    return (
+        not torch.is_grad_enabled()
+        and type(weight) is nn.Parameter  # one that is computed anew at each call has no version
+        and not weight.is_inference()
+        and _suits(weight, x)
+    )
+
+
+def _suits(weight: Tensor, x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _keep(layer: nn.Module, algorithm: str, pack: Callable[[], Own]) -> Own:
+    now = algorithm, layer.weight.shape, ops.fingerprint(layer.weight)
+    kept = _KEPT.get(layer)
+    if kept is None or kept[:3] != now:
+        _KEPT.pop(layer, None)
+        kept = _KEPT[layer] = Kept(*now, pack())
+    return kept.packed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -30,7 +29,7 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "library": str(_dispatch.LIBRARY_FILE) if missing is None else f"none: {missing}",
         "cuda library": str(_dispatch.CUDA_LIBRARY_FILE) if cuda_missing is None else f"none: {cuda_missing}",
-        "cpu kernels": _cpu_kernels() if missing is None else "none",
+        "cpu kernels": _dispatch.cpu_kernels(),
         "backends": {
             f"{op} on {device}": _backend(op, device)
             for op in _dispatch.OPS
@@ -54,9 +53,3 @@ def _backend(op: str, device: str) -> str:
     else:
         why = "moves the fewest bytes; its time is not measured"
     return f"{chosen} ({why})"
-
-
-def _cpu_kernels() -> str:
-    name = ctypes.CDLL(str(_dispatch.LIBRARY_FILE)).ddpm_fast_cpu_kernels
-    name.restype = ctypes.c_char_p
-    return name().decode()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .convolution import Conv2d
+from .convolution import Conv2d, Linear, own_linear
 from .ops._dispatch import choose
 
 __all__ = ["TimeRows", "UNet", "UNetConfig", "timestep_embedding"]
@@ -258,8 +258,12 @@ class Shortcut(nn.Conv2d):
             return rows.reshape(h.shape).permute(0, 3, 1, 2)
         if h.is_contiguous():
             h.flatten(2).baddbmm_(weight.expand(len(h), -1, -1), x.flatten(2))
-        else:
-            h.permute(0, 2, 3, 1).flatten(0, 2).addmm_(x.permute(0, 2, 3, 1).flatten(0, 2), weight.t())
+            return h
+        x, h_pixels = x.permute(0, 2, 3, 1), h.permute(0, 2, 3, 1)
+        total = own_linear(self, x, None, plus=h_pixels)
+        if total is not None:
+            return total.permute(0, 3, 1, 2)
+        h_pixels.flatten(0, 2).addmm_(x.flatten(0, 2), weight.t())
         return h
 
 
@@ -337,8 +341,8 @@ class Attention(nn.Module):
         self.output_scale = output_scale
         self.heads = config.num_attention_heads or channels // (config.attention_head_dim or channels)
         self.group_norm = None if groups is None else GroupNorm(groups, channels, config.norm_eps)
-        self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.to_out = _zero(nn.Linear(channels, channels))
+        self.to_qkv = Linear(channels, 3 * channels)
+        self.to_out = _zero(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.group_norm is None else self.group_norm(x, act="none")

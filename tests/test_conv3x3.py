@@ -340,7 +340,7 @@ def test_bad_input_to_a_packed_weight():
         ops.pack_conv3x3(torch.zeros(4, 3, 1, 1))
     with pytest.raises(ValueError, match="a packed weight does not have: use conv3x3"):
         ops.conv3x3_packed(x.clone().requires_grad_(), packed)
-    with pytest.raises(ValueError, match="packed must be what conv3x3_pack made"):
+    with pytest.raises(ValueError, match="packed must be what was made"):
         torch.ops.ddpm_fast.conv3x3_packed(x, packed.weight[1:], None, None, 4, 2, 2)
     with pytest.raises(ValueError, match="there are no tiles of 3 x 3 outputs"):
         torch.ops.ddpm_fast.conv3x3_packed(x, packed.weight, None, None, 4, 3, 3)
@@ -349,7 +349,7 @@ def test_bad_input_to_a_packed_weight():
 # ---- instruction sets, addresses ----
 
 
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set_passes(isa):
     """The best one runs in the other tests; the others are forced, each in its own process."""
     if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
@@ -368,6 +368,17 @@ def test_every_instruction_set_passes(isa):
 
 
 PROGRAM = """
+#if defined(__AMX_INT8__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "kernels/conv3x3_amx.h"
+#define CONV3X3 Conv3x3Amx
+#else
+#include "kernels/conv3x3.h"
+#define CONV3X3 Conv3x3
+#endif
 #include "kernels/conv3x3_gradient.h"
 
 #include <cmath>
@@ -405,16 +416,17 @@ double direct(
 
 template <int kDown, int kAcross>
 void check(const Conv3x3Shape& s, bool given) {
-  constexpr Conv3x3Kernels kernels = Conv3x3<kDown, kAcross>::kKernels;
+  constexpr Conv3x3Kernels kernels = CONV3X3<kDown, kAcross>::kKernels;
   const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
   const int64_t pixels = s.batch * s.height * s.width;
   const Floats x = floats(pixels * s.in_channels, 1), w = floats(9 * s.in_channels * s.out_channels, 2);
   const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
+  const Floats scratch = floats(32 * plan.scratch, 9);
   const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
-  kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get());
+  kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get(), scratch.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    kernels.transform(plan, x.get(), block, 0, plan.block, transformed.get());
+    kernels.transform(plan, x.get(), block, 0, plan.block, transformed.get(), scratch.get());
     kernels.run(
         plan, transformed.get(), packed.get(), given ? bias.get() : nullptr,
         given ? plus.get() : nullptr, y.get(), block, 0, plan.panels, products.get());
@@ -475,11 +487,20 @@ int main() {
 #if defined(__AVX512F__)
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return 77;
+#if defined(__AMX_INT8__)
+  unsigned a, b, c, d;
+  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+  if (!has || syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 77;
+#endif
 #elif defined(__AVX2__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 77;
 #endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
+#if defined(__AMX_INT8__)
+  const int64_t channels[][2] = {{3, 33}, {64, 3}, {65, 35}, {300, 1}};
+#else
   const int64_t channels[][2] = {{3, 33}, {33, 3}, {16, 32}, {1, 1}, {35, 65}};
+#endif
   for (const auto& side : sides) {
     for (const auto& c : channels) {
       for (const int64_t batch : {1, 3}) {
@@ -501,6 +522,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+FLAGS["amx"] = [*FLAGS["avx512"], "-mamx-tile", "-mamx-int8"]
 
 
 @pytest.mark.parametrize("isa", FLAGS)
@@ -513,11 +535,11 @@ def test_under_address_sanitizer(isa, tmp_path):
     include = f"-I{ROOT / 'csrc' / 'cpu'}"
     command = ["g++", "-std=c++20", *sanitized, *FLAGS[isa], include, "-include", "cstdlib"]
     try:
-        probe = ["g++", *sanitized, "-x", "c++", "-", "-o", str(program)]
+        probe = ["g++", *sanitized, *FLAGS[isa], "-x", "c++", "-", "-o", str(program)]
         subprocess.run(probe, input="int main() {}", text=True, check=True, capture_output=True)
         subprocess.run([program], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"g++ builds no program with AddressSanitizer: {error}")
+        pytest.skip(f"g++ builds no program with AddressSanitizer for {isa}: {error}")
     command += [str(tmp_path / "main.cpp"), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

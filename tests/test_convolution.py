@@ -12,8 +12,9 @@ from op_cases import check_error_rule
 from torch import nn
 
 from ddpm_fast import Request, Sampler, Schedule, UNet, UNetConfig, convolution, ops
-from ddpm_fast.convolution import Conv2d, can_pack, fastest_conv3x3, packing
+from ddpm_fast.convolution import Conv2d, Linear, can_pack, fastest_conv3x3, has_amx, packing
 from ddpm_fast.ops import _dispatch
+from ddpm_fast.unet import Shortcut
 
 WINDOWS = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -146,10 +147,14 @@ def own(packs):
     return packs
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize(
     "batch,side,algorithm", [(1, 32, "f4"), (1, 16, "f4x2"), (1, 8, "f2"), (1, 4, "direct"), (8, 4, "f2")]
 )
-def test_a_3x3_window_is_our_own_kernels(batch, side, algorithm, generator, own):
+def test_a_3x3_window_is_our_own_kernels(batch, side, algorithm, amx, generator, own, monkeypatch):
+    monkeypatch.setattr(convolution, "has_amx", lambda: amx)
+    if amx and algorithm != "direct":
+        algorithm = "f2"
     conv = Conv2d(32, 48, 3, padding=1)
     x = channels_last(batch, 32, side, side, generator=generator)
     plus = channels_last(batch, 48, side, side, generator=generator)
@@ -234,6 +239,60 @@ def test_a_packed_weight_is_kept_for_the_next_run_if_nothing_changed(generator, 
     assert memory() is None
 
 
+@pytest.fixture
+def amx(monkeypatch):
+    """The kernels of any instruction set in the part that AMX's have."""
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
+
+
+def test_a_linear_layer_is_our_own_on_amx(generator, own, amx):
+    layer, shortcut = Linear(64, 40), Shortcut(64, 40)
+    tokens = torch.randn(2, 9, 64, generator=generator)
+    x, h = (channels_last(2, channels, 3, 5, generator=generator) for channels in (64, 40))
+    plus = torch.randn(2, 9, 40, generator=generator)
+
+    def check() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(layer(tokens), nn.Linear.forward(layer, tokens), rtol=1e-5, atol=1e-5)
+            expected = nn.Linear.forward(layer, tokens) + plus
+            torch.testing.assert_close(layer(tokens, plus), expected, rtol=1e-5, atol=1e-5)
+            expected = h + nn.functional.conv2d(x, shortcut.weight)
+            got = shortcut(x, h.clone(memory_format=torch.preserve_format))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+
+    check()
+    first = own[layer].weight
+    assert isinstance(first, ops.PackedLinear) and isinstance(own[shortcut].weight, ops.PackedLinear)
+    with packing({}):  # the next run
+        check()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    check()
+    assert own[layer].weight is not first
+    layer.weight.data.neg_()
+    with packing({}):
+        check()
+
+
+def test_where_a_linear_layer_is_the_plain_one(generator, own, amx, monkeypatch):
+    layer, narrow = Linear(64, 8), Linear(32, 8)
+    x = torch.randn(2, 9, 64, generator=generator)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        for few in (x[:1], narrow(x[..., :32])):
+            assert few.dtype == torch.float32
+        layer(x[0])
+        layer.double()(x.double())
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        monkeypatch.setattr(convolution, "has_amx", lambda: False)
+        layer(x)
+    assert not own
+
+
 def test_the_whole_network_against_float64(generator, own):
     """Relative to the output, in the 2-norm: 5e-6."""
     config = UNetConfig((64, 128), (False, True), (True, False), sample_size=32)
@@ -250,6 +309,8 @@ def test_the_whole_network_against_float64(generator, own):
     algorithms = {
         pack.weight.algorithm for pack in own.values() if isinstance(pack.weight, ops.PackedConv3x3)
     }
+    assert algorithms >= {"f2" if has_amx() else "f4"}
+    assert has_amx() == any(isinstance(pack.weight, ops.PackedLinear) for pack in own.values())
     assert algorithms >= {"f4"}
 
 

@@ -1,4 +1,4 @@
-// conv3x3 on the CPU: checks, layouts, threads and the workspace around kernels/conv3x3.h.
+// conv3x3 and linear on the CPU: checks, layouts, threads and the workspace around kernels/conv3x3.h.
 #include <algorithm>
 #include <utility>
 
@@ -14,10 +14,12 @@ namespace {
 
 using cpu::Conv3x3Kernels;
 using cpu::Conv3x3Plan;
+using cpu::Conv3x3Shape;
+using Weight = cpu::Conv3x3Weight<const float>;
 
-const Conv3x3Kernels& kernels_of(int64_t down, int64_t across) {
+const Conv3x3Kernels& kernels_of(int64_t down, int64_t across, int64_t taps = 3) {
   for (const Conv3x3Kernels& kernels : cpu::kernels().conv3x3) {
-    if (kernels.down == down && kernels.across == across) return kernels;
+    if (kernels.taps == taps && kernels.down == down && kernels.across == across) return kernels;
   }
   fail<std::invalid_argument>("there are no tiles of ", down, " x ", across, " outputs");
 }
@@ -32,6 +34,11 @@ Workspace& for_products() {
   return workspace;
 }
 
+Workspace& for_scratch() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
 // With blocks for every thread a thread takes whole ones, and nothing waits. With fewer, all tiles are
 // transformed, and then each thread takes panels of output channels: it reads their weights alone.
 void run(
@@ -42,8 +49,9 @@ void run(
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       float* const transformed = for_tiles().floats(plan.transformed);
       float* const products = for_products().floats(plan.products);
+      float* const scratch = for_scratch().floats(plan.scratch);
       for (int64_t block = first; block < last; ++block) {
-        kernels.transform(plan, x, block, 0, plan.block, transformed);
+        kernels.transform(plan, x, block, 0, plan.block, transformed, scratch);
         kernels.run(plan, transformed, packed, bias, plus, y, block, 0, plan.panels, products);
       }
     });
@@ -51,11 +59,12 @@ void run(
   }
   float* const transformed = for_tiles().floats(blocks * plan.transformed);
   torch::stable::parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
+    float* const scratch = for_scratch().floats(plan.scratch);
     for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
       const int64_t begin = block * plan.block;
       kernels.transform(
           plan, x, block, std::max<int64_t>(first - begin, 0), std::min(last - begin, plan.block),
-          transformed + block * plan.transformed);
+          transformed + block * plan.transformed, scratch);
     }
   });
   torch::stable::parallel_for(0, plan.panels * blocks, 1, [&](int64_t first, int64_t last) {
@@ -69,6 +78,26 @@ void run(
   });
 }
 
+int64_t packed_size(const Conv3x3Kernels& kernels, int64_t in_channels, int64_t out_channels) {
+  check(in_channels > 0 && out_channels > 0, "channels must be positive");
+  return kernels.plan({1, 1, 1, in_channels, out_channels}, 1).packed;
+}
+
+void pack(
+    const Conv3x3Kernels& kernels, const Weight& weight, int64_t in_channels, int64_t out_channels,
+    const Tensor& packed) {
+  const Conv3x3Plan plan = kernels.plan({1, 1, 1, in_channels, out_channels}, 1);
+  check(
+      packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
+      "packed must be float32 with ", plan.packed, " elements");
+  float* const to = static_cast<float*>(packed.mutable_data_ptr());
+  in_huge_pages(to, plan.packed);
+  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
+    float* const scratch = for_scratch().floats(32 * plan.scratch);
+    kernels.pack(plan, weight, first, last, to, scratch);
+  });
+}
+
 // `turned` by 180 degrees, input and output channels in each other's place.
 void pack(Tensor weight, bool turned, int64_t down, int64_t across, const Tensor& packed) {
   check(
@@ -76,21 +105,35 @@ void pack(Tensor weight, bool turned, int64_t down, int64_t across, const Tensor
           weight.size(3) == 3 && weight.numel() > 0,
       "weight must be float32 (C_out, C_in, 3, 3)");
   weight = keep_layout(weight);
-  const Conv3x3Kernels& kernels = kernels_of(down, across);
   int64_t in_channels = weight.size(1), out_channels = weight.size(0);
-  auto taps = in_layout(floats(weight), in_channels, is_channels_last(weight));
+  Weight taps = in_layout(floats(weight), in_channels, is_channels_last(weight));
   if (turned) {
     std::swap(in_channels, out_channels);
     taps = {taps.at(0, 0, 8), taps.step_c, taps.step_k, -taps.step_tap};
   }
-  const Conv3x3Plan plan = kernels.plan({1, 1, 1, in_channels, out_channels}, 1);
+  pack(kernels_of(down, across), taps, in_channels, out_channels, packed);
+}
+
+// Of an x and a plus that are channels last, into such a y.
+void convolve(
+    const Conv3x3Kernels& kernels, const Conv3x3Shape& shape, const Tensor& x, const Tensor& packed,
+    OptionalTensor bias, const OptionalTensor& plus, const Tensor& y) {
+  const Conv3x3Plan plan = kernels.plan(shape, torch::stable::get_num_threads());
   check(
       packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
-      "packed must be float32 with ", plan.packed, " elements");
-  float* const to = static_cast<float*>(packed.mutable_data_ptr());
-  in_huge_pages(to, plan.packed);
-  torch::stable::parallel_for(
-      0, plan.panels, 1, [&](int64_t first, int64_t last) { kernels.pack(plan, taps, first, last, to); });
+      "packed must be what was made of a weight for such an x");
+  if (bias) {
+    check(
+        bias->scalar_type() == ScalarType::Float && bias->numel() == shape.out_channels,
+        "bias must be float32 (C_out,)");
+    bias = as_contiguous(*bias);
+  }
+  run(kernels, plan, floats(x), floats(packed), bias ? floats(*bias) : nullptr,
+      plus ? floats(*plus) : nullptr, static_cast<float*>(y.mutable_data_ptr()));
+}
+
+int64_t conv3x3_packed_size_cpu(int64_t in_channels, int64_t out_channels, int64_t down, int64_t across) {
+  return packed_size(kernels_of(down, across), in_channels, out_channels);
 }
 
 void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed) {
@@ -106,18 +149,6 @@ Tensor conv3x3_packed_cpu(
   check(out_channels > 0, "out_channels must be positive");
   const bool channels_last = is_channels_last(x);
   x = to_channels_last(x);
-  const Conv3x3Kernels& kernels = kernels_of(down, across);
-  const Conv3x3Plan plan = kernels.plan(
-      {x.size(0), x.size(2), x.size(3), x.size(1), out_channels}, torch::stable::get_num_threads());
-  check(
-      packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
-      "packed must be what conv3x3_pack made of a weight for such an x");
-  if (bias) {
-    check(
-        bias->scalar_type() == ScalarType::Float && bias->numel() == out_channels,
-        "bias must be float32 (C_out,)");
-    bias = as_contiguous(*bias);
-  }
   Tensor y = torch::stable::empty(
       {x.size(0), out_channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
       std::nullopt, MemoryFormat::ChannelsLast);
@@ -125,8 +156,8 @@ Tensor conv3x3_packed_cpu(
     check_like("plus", *plus, y, "the result");
     plus = to_channels_last(*plus);
   }
-  run(kernels, plan, floats(x), floats(packed), bias ? floats(*bias) : nullptr,
-      plus ? floats(*plus) : nullptr, static_cast<float*>(y.mutable_data_ptr()));
+  const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels};
+  convolve(kernels_of(down, across), shape, x, packed, bias, plus, y);
   return channels_last ? y : torch::stable::contiguous(y);
 }
 
@@ -155,12 +186,48 @@ Tensor conv3x3_input_gradient_cpu(Tensor grad, Tensor weight, int64_t down, int6
   return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across);
 }
 
+int64_t linear_packed_size_cpu(int64_t in_features, int64_t out_features) {
+  return packed_size(kernels_of(1, 1, 1), in_features, out_features);
+}
+
+void linear_pack_cpu(Tensor weight, Tensor packed) {
+  check(
+      weight.scalar_type() == ScalarType::Float && weight.dim() == 2 && weight.numel() > 0,
+      "weight must be float32 (C_out, C_in)");
+  weight = as_contiguous(weight);
+  const int64_t in_features = weight.size(1);
+  pack(kernels_of(1, 1, 1), {floats(weight), in_features, 1, 0}, in_features, weight.size(0), packed);
+}
+
+Tensor linear_packed_cpu(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
+  check(
+      x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.numel() > 0,
+      "x must be float32 (N, C) and not empty");
+  check(out_features > 0, "out_features must be positive");
+  x = as_contiguous(x);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (plus) {
+    check_like("plus", *plus, y, "the result");
+    plus = as_contiguous(*plus);
+  }
+  convolve(kernels_of(1, 1, 1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, m) {
+  m.impl("conv3x3_packed_size", TORCH_BOX(&conv3x3_packed_size_cpu));
+  m.impl("linear_packed_size", TORCH_BOX(&linear_packed_size_cpu));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("conv3x3", TORCH_BOX(&conv3x3_cpu));
   m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_cpu));
   m.impl("conv3x3_input_gradient", TORCH_BOX(&conv3x3_input_gradient_cpu));
   m.impl("conv3x3_pack", TORCH_BOX(&conv3x3_pack_cpu));
   m.impl("conv3x3_packed", TORCH_BOX(&conv3x3_packed_cpu));
+  m.impl("linear_pack", TORCH_BOX(&linear_pack_cpu));
+  m.impl("linear_packed", TORCH_BOX(&linear_packed_cpu));
 }
 
 }  // namespace

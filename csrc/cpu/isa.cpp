@@ -4,6 +4,12 @@
 #include <string>
 #include <vector>
 
+#ifdef DDPM_FAST_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace ddpm_fast::cpu {
@@ -12,8 +18,33 @@ extern const Kernels baseline;
 #ifdef DDPM_FAST_X86_64
 extern const Kernels avx2, avx512;
 #endif
+#ifdef DDPM_FAST_AMX
+extern const Kernels amx;
+#endif
 
 namespace {
+
+#ifdef DDPM_FAST_X86_64
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+#ifdef DDPM_FAST_AMX
+// The processor has to have tiles and products of int8, and the system to let the process use the tiles' 8
+// KB.
+bool runs_amx() {
+  constexpr unsigned kOsxsave = 1u << 27, kTile = 1u << 24, kInt8 = 1u << 25, kTileStates = 3u << 17;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d, states, high;
+  if (!runs_avx512() || !__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsxsave)) return false;
+  asm volatile("xgetbv" : "=a"(states), "=d"(high) : "c"(0));
+  if ((states & kTileStates) != kTileStates) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kInt8)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 struct Candidate {
   const Kernels* kernels;
@@ -22,9 +53,11 @@ struct Candidate {
 
 std::vector<Candidate> candidates() {  // the best first
   return {
+#ifdef DDPM_FAST_AMX
+      {&amx, runs_amx()},
+#endif
 #ifdef DDPM_FAST_X86_64
-      {&avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
+      {&avx512, runs_avx512()},
       {&avx2,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif

@@ -3,7 +3,11 @@
 
 #include <type_traits>
 
+#if defined(__AMX_INT8__)
+#include "kernels/conv3x3_amx.h"
+#else
 #include "kernels/conv3x3.h"
+#endif
 #include "kernels/conv3x3_gradient.h"
 #include "kernels/convert.h"
 #include "kernels/dropout.h"
@@ -76,6 +80,14 @@ void group_norm_backward_nchw_any(
   if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
 }
 
+#if defined(__AMX_INT8__)
+template <int kDown, int kAcross, int kTaps = 3>
+using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps>;
+#else
+template <int kDown, int kAcross, int kTaps = 3>
+using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps>;
+#endif
+
 }  // namespace
 
 extern const Kernels DDPM_FAST_ISA;
@@ -94,7 +106,8 @@ const Kernels DDPM_FAST_ISA = {
     group_norm_nchw_any,
     group_norm_backward_nhwc_any,
     group_norm_backward_nchw_any,
-    {Conv3x3<1, 1>::kKernels, Conv3x3<2, 2>::kKernels, Conv3x3<4, 2>::kKernels, Conv3x3<4, 4>::kKernels},
+    {Conv3x3ByIsa<1, 1>::kKernels, Conv3x3ByIsa<2, 2>::kKernels, Conv3x3ByIsa<4, 2>::kKernels,
+     Conv3x3ByIsa<4, 4>::kKernels, Conv3x3ByIsa<1, 1, 1>::kKernels},
     Conv3x3Gradient::kKernels,
     fingerprint,
 };

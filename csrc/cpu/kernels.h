@@ -54,9 +54,10 @@ struct Conv3x3Plan : Conv3x3Shape {
   int64_t blocks;       // a multiple of the threads, where there are so many
   int64_t panels;       // of output channels
   int64_t panel_size;   // of a panel's packed weights
-  int64_t packed;       // of all of them, and what fills 32 channels: the same for every instruction set
+  int64_t packed;       // of all of them, and what fills 32 channels
   int64_t transformed;  // of a block's transformed inputs
   int64_t products;     // of a panel's products with them
+  int64_t scratch;      // of what `transform` needs besides, and `pack` for each of a panel's channels
 };
 
 // Where the taps of output channel k and input channel c lie.
@@ -70,15 +71,17 @@ struct Conv3x3Weight {
 
 // In tiles of down x across outputs. x, plus and y are channels last; bias and plus may be null.
 struct Conv3x3Kernels {
-  int64_t down, across;
+  int64_t taps, down, across;  // taps: 3, or 1 for a linear layer on the pixels
 
   Conv3x3Plan (*plan)(const Conv3x3Shape&, int64_t threads);
   // panels [first, last) of the weights
   void (*pack)(
-      const Conv3x3Plan&, const Conv3x3Weight<const float>&, int64_t first, int64_t last, float* packed);
+      const Conv3x3Plan&, const Conv3x3Weight<const float>&, int64_t first, int64_t last, float* packed,
+      float* scratch);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
-      const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed);
+      const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      float* scratch);
   void (*run)(
       const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const float* plus,
       float* y, int64_t block, int64_t first, int64_t last, float* products);
@@ -147,7 +150,7 @@ struct Kernels {
       Dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&, const GroupNormGradients&, float* scratch);
 
-  Conv3x3Kernels conv3x3[4];
+  Conv3x3Kernels conv3x3[5];
   Conv3x3GradientKernels conv3x3_gradient;
 
   uint64_t (*fingerprint)(const void* data, int64_t bytes);

@@ -7,11 +7,13 @@ from .dropout import dropout
 from .fingerprint import fingerprint
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu_concat import group_norm_silu_concat
+from .linear import PackedLinear, linear_packed, pack_linear
 from .posterior_step import bind_step, posterior_step, posterior_step_
 from .q_sample import q_sample, q_sample_counter
 
 __all__ = [
     "PackedConv3x3",
+    "PackedLinear",
     "as_image_index",
     "as_seed",
     "bind_step",
@@ -22,7 +24,9 @@ __all__ = [
     "fingerprint",
     "group_norm_silu",
     "group_norm_silu_concat",
+    "linear_packed",
     "pack_conv3x3",
+    "pack_linear",
     "philox4x32_10",
     "posterior_step",
     "posterior_step_",

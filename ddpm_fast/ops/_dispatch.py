@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +33,7 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
     ("counter_normal", "native", "cpu"): frozenset({torch.float32}),
     ("conv3x3", "native", "cpu"): frozenset({torch.float32}),
     ("dropout", "native", "cpu"): _HALVES_AND_FLOAT,
+    ("linear", "native", "cpu"): frozenset({torch.float32}),
     ("fingerprint", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("q_sample", "native", "cuda"): _HALVES_AND_FLOAT,
     ("posterior_step", "native", "cuda"): _HALVES_AND_FLOAT,
@@ -121,6 +124,16 @@ def goes_direct(backend: str | None) -> bool:
         and not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
     )
+
+
+@cache
+def cpu_kernels() -> str:
+    """The instruction set of the compiled CPU kernels in use, and those that they were built for."""
+    if NATIVE_MISSING is not None:
+        return "none"
+    name = ctypes.CDLL(str(LIBRARY_FILE)).ddpm_fast_cpu_kernels
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 _OVERLOADS: dict[tuple[str, str], Callable[..., Any]] = {}

@@ -20,6 +20,9 @@ ALGORITHMS: dict[str, tuple[int, int]] = {
 """By name, height and width of a tile of outputs."""
 
 
+Operands = dict[str, tuple[Tensor | None, tuple[int, ...]]]
+
+
 class PackedConv3x3(NamedTuple):
     """A weight as the kernels of this processor read it: see `pack_conv3x3`."""
 
@@ -82,7 +85,7 @@ def conv3x3(
             f"weight must be (C_out, {x.shape[1]}, 3, 3) {x.dtype} on {x.device} for such an x, "
             f"got {describe(weight)}"
         )
-    _check_operands(x, weight.shape[0], bias, plus)
+    _check_operands(x, _operands(x, weight.shape[0], bias, plus))
     run = differentiable("conv3x3", choose("conv3x3", backend, x), _reference, x, weight, bias, plus)
     return run(x, weight, bias, plus, down, across)
 
@@ -105,7 +108,8 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
     _check_weight(weight)
     choose("conv3x3", "native", weight)
     out_channels, in_channels = weight.shape[:2]
-    packed = _on_a_huge_page((out_channels + 31) // 32 * 32 * (down + 2) * (across + 2) * in_channels)
+    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(in_channels, out_channels, down, across)
+    packed = on_a_huge_page(size)
     torch.ops.ddpm_fast.conv3x3_pack.default(weight.detach(), down, across, packed)
     return PackedConv3x3(packed, in_channels, out_channels, algorithm)
 
@@ -134,15 +138,13 @@ def conv3x3_packed(
     if x.shape[1] != packed.in_channels:
         raise ValueError(f"x must be (B, {packed.in_channels}, H, W) for such a weight, got {describe(x)}")
     choose("conv3x3", "native", x)
-    _check_operands(x, packed.out_channels, bias, plus)
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, bias, plus)):
-        raise ValueError("an argument asks for a gradient, which a packed weight does not have: use conv3x3")
+    check_packed_call(x, _operands(x, packed.out_channels, bias, plus))
     down, across = ALGORITHMS[packed.algorithm]
     run = torch.ops.ddpm_fast.conv3x3_packed.default
     return run(x, packed.weight, bias, plus, packed.out_channels, down, across)
 
 
-def _on_a_huge_page(floats: int) -> Tensor:
+def on_a_huge_page(floats: int) -> Tensor:
     """Memory that starts with one, if it fills one; what lies before it is never touched, and takes none."""
     page = 2**21 // 4
     if floats < page:
@@ -167,15 +169,26 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight must be (C_out, C_in, 3, 3) and not empty, got {describe(weight)}")
 
 
-def _check_operands(x: Tensor, out_channels: int, bias: Tensor | None, plus: Tensor | None) -> None:
-    shapes = {"bias": (out_channels,), "plus": (x.shape[0], out_channels, *x.shape[2:])}
-    for (name, shape), value in zip(shapes.items(), (bias, plus), strict=True):
+def _operands(x: Tensor, out_channels: int, bias: Tensor | None, plus: Tensor | None) -> Operands:
+    return {"bias": (bias, (out_channels,)), "plus": (plus, (x.shape[0], out_channels, *x.shape[2:]))}
+
+
+def _check_operands(x: Tensor, operands: Operands) -> None:
+    for name, (value, shape) in operands.items():
         if value is None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
         if value.shape != shape or value.dtype != x.dtype or value.device != x.device:
             raise ValueError(f"{name} must be {shape} {x.dtype} on {x.device}, got {describe(value)}")
+
+
+def check_packed_call(x: Tensor, operands: Operands) -> None:
+    """What is given besides x and a packed weight, by name, with the shape that it must have."""
+    _check_operands(x, operands)
+    given = (x, *(value for value, _ in operands.values()))
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given):
+        raise ValueError("an argument asks for a gradient, which a packed weight does not have")
 
 
 def _reference(x, weight, bias, plus, down, across):
@@ -259,6 +272,7 @@ define(
     _fake_weight_gradient,
     file="conv3x3",
 )
+LIBRARY.define("conv3x3_packed_size(int in_channels, int out_channels, int down, int across) -> int")
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "conv3x3_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_channels, "

@@ -18,7 +18,7 @@ namespace {
 // to stay in the second cache.
 constexpr int64_t kBlock = 48;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where a block's positions lie. A line is added to each: powers of two would share a few sets of the cache.
 inline int64_t transformed_stride(const Conv3x3Plan& plan) {
@@ -31,57 +31,71 @@ inline int64_t tiles_in(const Conv3x3Plan& plan, int64_t block) {
   return rest < 0 ? 0 : rest < plan.block ? rest : plan.block;
 }
 
-// The convolution in tiles of kDown x kAcross outputs.
-template <int kDown, int kAcross>
+// The convolution in tiles of kDown x kAcross outputs; with one tap it is a linear layer on the pixels.
+template <int kDown, int kAcross, int kTaps = 3>
 struct Conv3x3 {
-  using Down = Winograd<kDown>;
-  using Across = Winograd<kAcross>;
+  using Down = Winograd<kDown, kTaps>;
+  using Across = Winograd<kAcross, kTaps>;
   static constexpr int kRows = Down::kSize, kColumns = Across::kSize;  // of inputs
 
-  static Conv3x3Plan plan(const Conv3x3Shape& shape, int64_t threads) {
+  // With at most `most` tiles in a block.
+  static Conv3x3Plan cut(const Conv3x3Shape& shape, int64_t threads, int64_t most) {
     Conv3x3Plan plan = {};
     static_cast<Conv3x3Shape&>(plan) = shape;
     plan.tiles = plan.batch * ceil_div(plan.height, kDown) * ceil_div(plan.width, kAcross);
-    plan.blocks = ceil_div(plan.tiles, kBlock);
+    plan.blocks = ceil_div(plan.tiles, most);
     if (plan.blocks > threads) plan.blocks = ceil_div(plan.blocks, threads) * threads;
     plan.block = ceil_div(plan.tiles, plan.blocks);  // all alike
     plan.panels = ceil_div(plan.out_channels, kPanel);
+    plan.products = Down::kProducts * Across::kProducts * products_stride(plan);
+    return plan;
+  }
+
+  static Conv3x3Plan plan(const Conv3x3Shape& shape, int64_t threads) {
+    Conv3x3Plan plan = cut(shape, threads, kBlock);
     plan.panel_size = kRows * kColumns * plan.in_channels * kPanel;
     plan.packed = kRows * kColumns * plan.in_channels * ceil_div(plan.out_channels, 32) * 32;
     plan.transformed = kRows * kColumns * transformed_stride(plan);
-    plan.products = Down::kProducts * Across::kProducts * products_stride(plan);
     return plan;
   }
 
   // ---- weights ----
 
-  static void pack(
-      const Conv3x3Plan& plan, const Conv3x3Weight<const float>& weight, int64_t first, int64_t last,
-      float* packed) {
-    const int64_t channels = plan.in_channels;
-    for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t k = panel * kPanel;
-      const int64_t width = plan.out_channels - k < kPanel ? plan.out_channels - k : kPanel;
-      for (int64_t c = 0; c < channels; ++c) {
-        float taps[9][kPanel] = {};
-        for (int64_t l = 0; l < width; ++l) {
-          for (int t = 0; t < 9; ++t) taps[t][l] = *weight.at(k + l, c, t);
+  // Calls put(position, channel, half, u) with a panel's transformed weights.
+  template <typename Put>
+  static inline void each_weight(
+      const Conv3x3Plan& plan, const Conv3x3Weight<const float>& weight, int64_t panel, const Put& put) {
+    const int64_t channels = plan.in_channels, k = panel * kPanel;
+    const int64_t width = plan.out_channels - k < kPanel ? plan.out_channels - k : kPanel;
+    for (int64_t c = 0; c < channels; ++c) {
+      float taps[kTaps * kTaps][kPanel] = {};
+      for (int64_t l = 0; l < width; ++l) {
+        for (int t = 0; t < kTaps * kTaps; ++t) taps[t][l] = *weight.at(k + l, c, t);
+      }
+      for (int half = 0; half < 2; ++half) {
+        const auto tap = [&](int t) { return load(taps[t] + half * kLanes); };
+        Float g[kTaps], down[kTaps][kRows], u[kColumns];
+        for (int j = 0; j < kTaps; ++j) {
+          for (int t = 0; t < kTaps; ++t) g[t] = tap(t * kTaps + j);
+          Down::weight(g, down[j]);
         }
-        for (int half = 0; half < 2; ++half) {
-          const auto tap = [&](int t) { return load(taps[t] + half * kLanes); };
-          float* const to = packed + panel * plan.panel_size + c * kPanel + half * kLanes;
-          Float down[3][kRows], u[kColumns];
-          for (int j = 0; j < 3; ++j) {
-            const Float g[3] = {tap(j), tap(3 + j), tap(6 + j)};
-            Down::weight(g, down[j]);
-          }
-          for (int i = 0; i < kRows; ++i) {
-            const Float g[3] = {down[0][i], down[1][i], down[2][i]};
-            Across::weight(g, u);
-            for (int j = 0; j < kColumns; ++j) store(to + (i * kColumns + j) * channels * kPanel, u[j]);
-          }
+        for (int i = 0; i < kRows; ++i) {
+          for (int t = 0; t < kTaps; ++t) g[t] = down[t][i];
+          Across::weight(g, u);
+          for (int j = 0; j < kColumns; ++j) put(i * kColumns + j, c, half, u[j]);
         }
       }
+    }
+  }
+
+  static void pack(
+      const Conv3x3Plan& plan, const Conv3x3Weight<const float>& weight, int64_t first, int64_t last,
+      float* packed, float*) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      float* const to = packed + panel * plan.panel_size;
+      each_weight(plan, weight, panel, [&](int position, int64_t c, int half, Float u) {
+        store(to + (position * plan.in_channels + c) * kPanel + half * kLanes, u);
+      });
     }
   }
 
@@ -96,46 +110,65 @@ struct Conv3x3 {
     return {tile / (across * down), tile / across % down * kDown, tile % across * kAcross};
   }
 
-  static void transform(
-      const Conv3x3Plan& plan, const float* x, int64_t block, int64_t first, int64_t last,
-      float* transformed) {
-    const int64_t channels = plan.in_channels, stride = transformed_stride(plan);
-    const int64_t tiles = tiles_in(plan, block);
-    for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
-      const Tile at = tile_at(plan, block * plan.block + tile);
-      const float* pixels[kRows][kColumns];  // null where they are padding
+  // Calls put(position, channel, v) with a tile's transformed inputs, of kLanes channels at once.
+  template <typename Put>
+  static inline void each_input(const Conv3x3Plan& plan, const float* x, int64_t tile, const Put& put) {
+    const int64_t channels = plan.in_channels;
+    const Tile at = tile_at(plan, tile);
+    const float* pixels[kRows][kColumns];  // null where they are padding
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) {
+        const int64_t row = at.row + i - kTaps / 2, column = at.column + j - kTaps / 2;
+        const bool inside = row >= 0 && row < plan.height && column >= 0 && column < plan.width;
+        const int64_t pixel = (at.image * plan.height + row) * plan.width + column;
+        pixels[i][j] = inside ? x + pixel * channels : nullptr;
+      }
+    }
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const auto pixel = [&](int i, int j) {
+        if (pixels[i][j] == nullptr) return Float{};
+        return c + kLanes <= channels ? load(pixels[i][j] + c) : load(pixels[i][j] + c, channels - c);
+      };
+      Float down[kRows][kColumns], v[kColumns];
+      for (int j = 0; j < kColumns; ++j) {
+        Float d[kRows], column[kRows];
+        for (int i = 0; i < kRows; ++i) d[i] = pixel(i, j);
+        Down::input(d, column);
+        for (int i = 0; i < kRows; ++i) down[i][j] = column[i];
+      }
       for (int i = 0; i < kRows; ++i) {
-        for (int j = 0; j < kColumns; ++j) {
-          const int64_t row = at.row + i - 1, column = at.column + j - 1;
-          const bool inside = row >= 0 && row < plan.height && column >= 0 && column < plan.width;
-          const int64_t pixel = (at.image * plan.height + row) * plan.width + column;
-          pixels[i][j] = inside ? x + pixel * channels : nullptr;
-        }
+        Across::input(down[i], v);
+        for (int j = 0; j < kColumns; ++j) put(i * kColumns + j, c, v[j]);
       }
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        const auto pixel = [&](int i, int j) {
-          if (pixels[i][j] == nullptr) return Float{};
-          return c + kLanes <= channels ? load(pixels[i][j] + c) : load(pixels[i][j] + c, channels - c);
-        };
-        Float down[kRows][kColumns], v[kColumns];
-        for (int j = 0; j < kColumns; ++j) {
-          Float d[kRows], column[kRows];
-          for (int i = 0; i < kRows; ++i) d[i] = pixel(i, j);
-          Down::input(d, column);
-          for (int i = 0; i < kRows; ++i) down[i][j] = column[i];
-        }
-        float* const to = transformed + (c * plan.block + tile * kLanes);
-        for (int i = 0; i < kRows; ++i) {
-          Across::input(down[i], v);
-          for (int j = 0; j < kColumns; ++j) store(to + (i * kColumns + j) * stride, v[j]);
-        }
-      }
+    }
+  }
+
+  static void transform(
+      const Conv3x3Plan& plan, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      float*) {
+    const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
+    for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
+      each_input(plan, x, block * plan.block + tile, [&](int position, int64_t c, Float v) {
+        store(transformed + position * stride + c * plan.block + tile * kLanes, v);
+      });
     }
   }
 
   // ---- products ----
 
-  // A panel's products at every position. F(1, 3) sums them over its dimension.
+  // Where a position's products go, and whether to others that are there: F(1, 3) sums over its dimension.
+  struct Slot {
+    int at;
+    bool adds;
+  };
+
+  static constexpr Slot slot_of(int i, int j) {
+    return {
+        (kDown == 1 ? 0 : i * Across::kProducts) + (kAcross == 1 ? 0 : j),
+        (kDown == 1 && i > 0) || (kAcross == 1 && j > 0)};
+  }
+
+  // A panel's products at every position.
   static inline void multiply(
       const Conv3x3Plan& plan, const float* transformed, const float* weights, int64_t tiles,
       float* products) {
@@ -144,8 +177,7 @@ struct Conv3x3 {
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
         const int position = i * kColumns + j;
-        const int slot = (kDown == 1 ? 0 : i * Across::kProducts) + (kAcross == 1 ? 0 : j);
-        const bool adds = (kDown == 1 && i > 0) || (kAcross == 1 && j > 0);
+        const Slot slot = slot_of(i, j);
         const float* const b = weights + position * channels * kPanel;
         for (int64_t piece = 0; piece < pieces; ++piece) {
           const int64_t row = piece * tiles / pieces, rows = (piece + 1) * tiles / pieces - row;
@@ -156,9 +188,9 @@ struct Conv3x3 {
               channels,
               b + channels * kPanel + channels * kPanel * piece / pieces,
               kPanel / pieces,
-              products + slot * m_stride + row * kPanel,
+              products + slot.at * m_stride + row * kPanel,
           };
-          cpu::multiply(rows, adds, product);
+          cpu::multiply(rows, slot.adds, product);
         }
       }
     }
@@ -217,7 +249,7 @@ struct Conv3x3 {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kDown, kAcross, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, transform, run};
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ namespace ddpm_fast::cpu {
 namespace {
 
 struct Conv3x3Gradient {
-  using Tile = Winograd<4>;
+  using Tile = Winograd<4, 3>;
   using Forward = Conv3x3<4, 4>;
   static constexpr int kSize = Tile::kSize, kPositions = kSize * kSize;
   static constexpr int kRows = kLanes / 2;  // times two registers of sums: half of all there are
@@ -44,7 +44,7 @@ struct Conv3x3Gradient {
   static void transform(
       const Conv3x3Plan& plan, const float* x, const float* grad, int64_t block, int64_t first, int64_t last,
       float* inputs, float* outputs) {
-    Forward::transform(plan, x, block, first, last, inputs);
+    Forward::transform(plan, x, block, first, last, inputs, nullptr);
     const int64_t tiles = tiles_in(plan, block), channels = plan.out_channels;
     const int64_t stride = products_stride(plan);
     for (int64_t tile = first; tile < last && tile < tiles; ++tile) {

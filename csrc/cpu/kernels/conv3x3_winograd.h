@@ -6,7 +6,7 @@
 // Toom-Cook: d and g stand for polynomials, a row of B' or G for a point at which they are evaluated. The
 // points decide the error. For m = 4 they are (0, +-5/8, +-3/2, infinity): half the error of the customary
 // (0, +-1, +-2, infinity), with as many instructions. F(1, 3) is the direct convolution, whose products are
-// summed.
+// summed; F(1, 1) a product.
 #pragma once
 
 #include "vec.h"
@@ -14,26 +14,26 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-template <int kTile>
+template <int kTile, int kTaps>
 struct Winograd;
 
-template <>
-struct Winograd<1> {
-  static constexpr int kSize = 3, kProducts = 1;  // that are left when the multiplication has summed them
+template <int kTaps>
+struct Winograd<1, kTaps> {
+  static constexpr int kSize = kTaps, kProducts = 1;  // that are left when the multiplication has summed them
 
-  static inline void input(const Float (&d)[3], Float (&v)[3]) {
-    for (int k = 0; k < 3; ++k) v[k] = d[k];
+  static inline void input(const Float (&d)[kTaps], Float (&v)[kTaps]) {
+    for (int k = 0; k < kTaps; ++k) v[k] = d[k];
   }
 
-  static inline void weight(const Float (&g)[3], Float (&u)[3]) {
-    for (int k = 0; k < 3; ++k) u[k] = g[k];
+  static inline void weight(const Float (&g)[kTaps], Float (&u)[kTaps]) {
+    for (int k = 0; k < kTaps; ++k) u[k] = g[k];
   }
 
   static inline void output(const Float (&m)[1], Float (&y)[1]) { y[0] = m[0]; }
 };
 
 template <>
-struct Winograd<2> {
+struct Winograd<2, 3> {
   static constexpr int kSize = 4, kProducts = 4;
 
   static inline void input(const Float (&d)[4], Float (&v)[4]) {
@@ -58,7 +58,7 @@ struct Winograd<2> {
 };
 
 template <>
-struct Winograd<4> {
+struct Winograd<4, 3> {
   static constexpr int kSize = 6, kProducts = 6;
   static constexpr float p = 5.0f / 8, q = 3.0f / 2, pp = p * p, qq = q * q;  // exact, with their products
   static constexpr double n0 = 1 / (5.0 / 8 * 5 / 8 * 3 / 2 * 3 / 2);  // 1 / prod (a_i - a_j), by point

@@ -12,10 +12,11 @@ namespace {
 
 constexpr int64_t kDropped = 16 * kLanes;  // elements at a time: eight of a counter in each lane of two
 
-inline void keep_factors(uint64_t seed, uint32_t counter, uint32_t threshold, Float scale, float* out) {
-  Two c[4] = {counters(counter), {}, {}, {}};
+inline void keep_factors(const Keys& keys, uint32_t counter, uint32_t threshold, Float scale, float* out) {
+  const UInt quads = quads_of_lanes() + counter;
+  Two c[4] = {{{quads, quads + kLanes}}, {}, {}, {}};
   c[1] = {{UInt{} + stream_step(kStreamDropout, 0), UInt{} + stream_step(kStreamDropout, 0)}};
-  philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), TwoMulHiLo{});
+  for (const PhiloxKey& key : keys.of) philox_round(c, key, TwoMulHiLo{});
   for (int k = 0; k < 2; ++k) {
     Float low[4], high[4];
     for (int word = 0; word < 4; ++word) {
@@ -37,12 +38,13 @@ inline void keep_factors(uint64_t seed, uint32_t counter, uint32_t threshold, Fl
 void dropout(
     Dtype dtype, uint64_t seed, int64_t threshold, int64_t begin, const void* x, void* y, int64_t n) {
   const int64_t size = dtype == Dtype::kFloat ? 4 : 2;
+  const Keys keys(seed);
   const Float scale = broadcast(static_cast<float>(1 / (1 - static_cast<double>(threshold) / 65536)));
   for (int64_t done = 0; done < n; done += kDropped) {
     const int64_t some = n - done < kDropped ? n - done : kDropped;
     float factors[kDropped], values[kDropped];
     keep_factors(
-        seed, static_cast<uint32_t>((begin + done) / 8), static_cast<uint32_t>(threshold), scale, factors);
+        keys, static_cast<uint32_t>((begin + done) / 8), static_cast<uint32_t>(threshold), scale, factors);
     load_any(dtype, static_cast<const char*>(x) + done * size, values, some);
     for (int64_t k = 0; k < kDropped; ++k) values[k] *= factors[k];
     store_any(dtype, values, static_cast<char*>(y) + done * size, some);

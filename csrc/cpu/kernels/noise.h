@@ -82,6 +82,7 @@ void normal_each(
   const int64_t quads = (elements + 3) / 4;  // of an image
   const UInt steps = UInt{} + stream_step;
   const Keys keys(seed);
+  const UInt quad_of = quads_of_lanes();
   int64_t image = 0, quad = 0, written = 0;
   float* to = out;
   for (int64_t done = 0; done < count * quads; done += kQuads) {
@@ -96,7 +97,7 @@ void normal_each(
     for (int k = 0; k < 2; ++k) {
       c[1].of[k] = steps;
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t from = k * kLanes + quad_of(lane);
+        const int64_t from = k * kLanes + quad_of[lane];
         c[0].of[k][lane] = of_quad[from], c[2].of[k][lane] = low[from], c[3].of[k][lane] = high[from];
       }
     }
