@@ -56,8 +56,8 @@ def conv3x3(
     - "f4", F(4x4, 3x3): 36 products for 16 outputs; 0.7-1.5e-6. oneDNN and eager PyTorch: 0.4-0.9e-6.
 
     An infinity or NaN in x shows in every output of the tiles that read it. A call transforms the weight too:
-    for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse mode, by PyTorch's own
-    convolution.
+    for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse mode: to x by ``algorithm``,
+    to weight by F(4x4, 3x3) turned about, which errs as "f4".
 
     Args:
         x: ``(B, C_in, H, W)`` float32, bfloat16, float16 or float64; contiguous or channels_last, which is
