@@ -74,7 +74,7 @@ PyObject* norm(PyObject* const* args) {
   const bool grad_mode = aoti_torch_grad_mode_is_enabled();
   const auto tensor = [&](int k) { return plain_tensor(args[k], grad_mode); };
   const OptionalTensor x = tensor(0), skip = tensor(1);
-  must(x && x->dim() >= 2 && PyFloat_Check(args[5]));
+  must(x && x->dim() >= 2 && PyFloat_Check(args[5]) && PyUnicode_Check(args[9]));
   must_be_unwatched();
   const int64_t batch = x->size(0), channels = x->size(1) + (skip && skip->dim() >= 2 ? skip->size(1) : 0);
   const auto operand = [&](int k, bool by_sample) {
