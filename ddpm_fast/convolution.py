@@ -1,4 +1,4 @@
-"""The U-Net's convolution: `nn.Conv2d`, with its weight laid out once for the processor."""
+"""The U-Net's convolutions and linear layers, with their weights laid out once for the processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops._dispatch import choose, cpu_kernels
-
 
 Own = ops.PackedConv3x3 | ops.PackedLinear
 
@@ -200,10 +199,10 @@ class Linear(nn.Linear):
 def own_linear(
     layer: nn.Linear | nn.Conv2d, x: Tensor, bias: Tensor | None, plus: Tensor | None
 ) -> Tensor | None:
-    """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, and ``plus`` added to it.
+    """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, and ``plus`` added.
 
-    None where that is not for it: outside `packing`, or where BLAS is as fast, which is everywhere but on AMX,
-    and there below 16 rows, whose time is the weight's way from memory.
+    None where that is not for it: outside `packing`, or where BLAS is as fast, which is everywhere but on
+    AMX, and there below 16 rows, whose time is the weight's way from memory.
     """
     packs = _PACKS.get() if not torch.compiler.is_compiling() else None
     suits = packs is not None and x.dtype == torch.float32 and has_amx() and x[..., 0].numel() >= 16

@@ -138,7 +138,7 @@ def conv3x3_packed(
     if x.shape[1] != packed.in_channels:
         raise ValueError(f"x must be (B, {packed.in_channels}, H, W) for such a weight, got {describe(x)}")
     choose("conv3x3", "native", x)
-    check_packed_call(x, _operands(x, packed.out_channels, bias, plus))
+    check_packed_call(x, _operands(x, packed.out_channels, bias, plus), "conv3x3")
     down, across = ALGORITHMS[packed.algorithm]
     run = torch.ops.ddpm_fast.conv3x3_packed.default
     return run(x, packed.weight, bias, plus, packed.out_channels, down, across)
@@ -183,12 +183,14 @@ def _check_operands(x: Tensor, operands: Operands) -> None:
             raise ValueError(f"{name} must be {shape} {x.dtype} on {x.device}, got {describe(value)}")
 
 
-def check_packed_call(x: Tensor, operands: Operands) -> None:
+def check_packed_call(x: Tensor, operands: Operands, differentiable: str) -> None:
     """What is given besides x and a packed weight, by name, with the shape that it must have."""
     _check_operands(x, operands)
     given = (x, *(value for value, _ in operands.values()))
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given):
-        raise ValueError("an argument asks for a gradient, which a packed weight does not have")
+        raise ValueError(
+            f"an argument asks for a gradient, which a packed weight does not have: use {differentiable}"
+        )
 
 
 def _reference(x, weight, bias, plus, down, across):

@@ -72,7 +72,7 @@ def linear_packed(
         )
     choose("linear", "native", x)
     shape = (*x.shape[:-1], packed.out_features)
-    check_packed_call(x, {"bias": (bias, shape[-1:]), "plus": (plus, shape)})
+    check_packed_call(x, {"bias": (bias, shape[-1:]), "plus": (plus, shape)}, "torch.nn.functional.linear")
     rows = x.reshape(-1, packed.in_features)
     plus = None if plus is None else plus.reshape(-1, packed.out_features)
     y = torch.ops.ddpm_fast.linear_packed.default(rows, packed.weight, bias, plus, packed.out_features)
