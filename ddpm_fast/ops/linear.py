@@ -23,7 +23,8 @@ class PackedLinear(NamedTuple):
 def pack_linear(weight: Tensor) -> PackedLinear:
     """Lay a weight out for many calls of `linear_packed` on this processor.
 
-    It takes the weight's memory, on AMX 3/4 of it; C_out is rounded up to 32, and on AMX C_in to 64.
+    It takes the weight's memory, on AMX from 64 channels on 3/4 of it, rounded up to 64 of them; C_out is
+    rounded up to 32.
 
     Args:
         weight: ``(C_out, C_in)`` float32 on the CPU. A later change of it does not show.
