@@ -433,7 +433,7 @@ int main() {
 #endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
 #if defined(__AMX_INT8__)
-  const int64_t channels[][2] = {{3, 33}, {64, 3}, {65, 35}, {300, 1}};
+  const int64_t channels[][2] = {{65, 33}, {300, 1}};
 #else
   const int64_t channels[][2] = {{3, 33}, {33, 3}, {16, 32}, {1, 1}, {35, 65}};
 #endif
