@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ddpm_fast import UNet, UNetConfig, ops
 from ddpm_fast.convolution import Conv2d, fastest_conv3x3
+from ddpm_fast.ops._dispatch import cpu_kernels
 from ddpm_fast.ops.conv3x3 import ALGORITHMS
 
 CONFIG = UNetConfig(
@@ -85,7 +86,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     net = layers()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(net)} layers")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {cpu_kernels()}, {threads} threads, {len(net)} layers")
     for batch in options.batch:
         measure(net, batch, options.rounds)
 

@@ -1,4 +1,4 @@
-"""The U-Net's convolution: `nn.Conv2d`, with its weight laid out once for the processor."""
+"""The U-Net's convolutions and linear layers, with their weights laid out once for the processor."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class Linear(nn.Linear):
 def own_linear(
     layer: nn.Linear | nn.Conv2d, x: Tensor, bias: Tensor | None, plus: Tensor | None
 ) -> Tensor | None:
-    """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, ``plus`` added to it.
+    """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, and ``plus`` added.
 
     None where that is not for it: outside `packing`, or where BLAS is as fast, which is everywhere but on
     AMX, and there below 16 rows, whose time is the weight's way from memory.

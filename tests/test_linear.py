@@ -1,12 +1,6 @@
-"""A linear layer with a packed weight against float64, on every instruction set."""
+"""A linear layer with a packed weight against float64; test_conv3x3.py forces the other instruction sets."""
 
 from __future__ import annotations
-
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +9,6 @@ from op_cases import check_error_rule
 from ddpm_fast import ops
 from ddpm_fast.ops import _dispatch
 
-ROOT = Path(__file__).parents[1]
 SHAPES = [(1, 3, 33), (7, 33, 3), (16, 64, 32), (33, 96, 65), (300, 330, 40), (64, 192, 128)]  # (N, C, K)
 
 
@@ -123,20 +116,3 @@ def test_bad_input(generator):
         ops.pack_linear(weight[:, :, None])
     with pytest.raises(ValueError, match="packed must be what was made"):
         torch.ops.ddpm_fast.linear_packed(x.detach(), packed.weight[1:], None, None, 33)
-
-
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set_passes(isa):
-    """The best one runs in the other tests; the others are forced, each in its own process."""
-    if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"{isa} is an instruction set of x86-64")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-k", "against_float64 or a_row"],
-        cwd=ROOT,
-        env=os.environ | {"DDPM_FAST_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    if "this processor does not run it" in done.stdout:
-        pytest.skip(f"this processor does not run {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]

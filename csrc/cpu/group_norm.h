@@ -17,7 +17,7 @@ struct GroupNormCall {
   OptionalTensor weight, bias;
   double eps;
   OptionalTensor add, scale, shift;
-  bool silu, builds;  // builds: [x, skip] itself is wanted too
+  bool silu = false, builds = false;  // builds: [x, skip] itself is wanted too
 };
 
 struct GroupNormResult {

@@ -32,8 +32,7 @@ bool runs_avx512() {
 #endif
 
 #ifdef DDPM_FAST_AMX
-// The processor has to have tiles and products of int8, and the system to let the process use the tiles' 8
-// KB.
+// The processor has to have tiles and products of int8, and the system has to let the process use them.
 bool runs_amx() {
   constexpr unsigned kOsxsave = 1u << 27, kTile = 1u << 24, kInt8 = 1u << 25, kTileStates = 3u << 17;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM

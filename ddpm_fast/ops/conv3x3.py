@@ -55,9 +55,13 @@ def conv3x3(
     - "f4x2", F(4x2, 3x3): 24 products for 8 outputs; 0.4-0.9e-6;
     - "f4", F(4x4, 3x3): 36 products for 16 outputs; 0.7-1.5e-6. oneDNN and eager PyTorch: 0.4-0.9e-6.
 
-    An infinity or NaN in x shows in every output of the tiles that read it. A call transforms the weight too:
-    for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse mode: to x by ``algorithm``,
-    to weight by F(4x4, 3x3) turned about, which errs as "f4".
+    On AMX the products are of int8 digits, exact to 2^-24 of the largest in a row (docs/kernels.md): "direct"
+    errs by 0.2-0.4e-6, "f2" by 0.4-0.6e-6, "f4x2" by 0.8-1.0e-6, "f4" by 1.2-1.8e-6; numbers that are tiny
+    beside the largest channel of their pixel count for less than in float32.
+
+    An infinity or NaN in x shows in every output of the tiles that read it, on AMX as NaN. A call transforms
+    the weight too: for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse mode: to x
+    by ``algorithm``, to weight by F(4x4, 3x3) turned about, which errs as "f4".
 
     Args:
         x: ``(B, C_in, H, W)`` float32, bfloat16, float16 or float64; contiguous or channels_last, which is
@@ -94,6 +98,7 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
     """Transform a weight and lay it out, for many calls of `conv3x3_packed` on this processor.
 
     It takes the weight's memory, for "f2" 16/9, "f4x2" 24/9, "f4" 4 times as much; C_out is rounded up to 32.
+    On AMX it takes 3/4 of that, and C_in, from 64 on, is rounded up to 64.
 
     Args:
         weight: ``(C_out, C_in, 3, 3)`` float32 on the CPU. A later change of it does not show.
@@ -138,7 +143,7 @@ def conv3x3_packed(
     if x.shape[1] != packed.in_channels:
         raise ValueError(f"x must be (B, {packed.in_channels}, H, W) for such a weight, got {describe(x)}")
     choose("conv3x3", "native", x)
-    check_packed_call(x, _operands(x, packed.out_channels, bias, plus))
+    check_packed_call(x, _operands(x, packed.out_channels, bias, plus), "conv3x3")
     down, across = ALGORITHMS[packed.algorithm]
     run = torch.ops.ddpm_fast.conv3x3_packed.default
     return run(x, packed.weight, bias, plus, packed.out_channels, down, across)
@@ -183,12 +188,14 @@ def _check_operands(x: Tensor, operands: Operands) -> None:
             raise ValueError(f"{name} must be {shape} {x.dtype} on {x.device}, got {describe(value)}")
 
 
-def check_packed_call(x: Tensor, operands: Operands) -> None:
+def check_packed_call(x: Tensor, operands: Operands, differentiable: str) -> None:
     """What is given besides x and a packed weight, by name, with the shape that it must have."""
     _check_operands(x, operands)
     given = (x, *(value for value, _ in operands.values()))
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given):
-        raise ValueError("an argument asks for a gradient, which a packed weight does not have")
+        raise ValueError(
+            f"an argument asks for a gradient, which a packed weight does not have: use {differentiable}"
+        )
 
 
 def _reference(x, weight, bias, plus, down, across):

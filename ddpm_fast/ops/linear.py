@@ -23,7 +23,8 @@ class PackedLinear(NamedTuple):
 def pack_linear(weight: Tensor) -> PackedLinear:
     """Lay a weight out for many calls of `linear_packed` on this processor.
 
-    It takes the weight's memory, on AMX 3/4 of it; C_out is rounded up to 32, and on AMX C_in to 64.
+    It takes the weight's memory, on AMX from 64 channels on 3/4 of it, rounded up to 64 of them; C_out is
+    rounded up to 32.
 
     Args:
         weight: ``(C_out, C_in)`` float32 on the CPU. A later change of it does not show.
@@ -72,7 +73,7 @@ def linear_packed(
         )
     choose("linear", "native", x)
     shape = (*x.shape[:-1], packed.out_features)
-    check_packed_call(x, {"bias": (bias, shape[-1:]), "plus": (plus, shape)})
+    check_packed_call(x, {"bias": (bias, shape[-1:]), "plus": (plus, shape)}, "torch.nn.functional.linear")
     rows = x.reshape(-1, packed.in_features)
     plus = None if plus is None else plus.reshape(-1, packed.out_features)
     y = torch.ops.ddpm_fast.linear_packed.default(rows, packed.weight, bias, plus, packed.out_features)

@@ -16,7 +16,7 @@ class Tiles {
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    asm volatile("" ::: "memory");
+    asm volatile("" ::: "memory");  // gcc does not know that tiles are loaded from memory
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
