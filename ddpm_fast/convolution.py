@@ -236,7 +236,7 @@ def own_linear(
     None where that is not for it: outside `packing`, or where BLAS is as fast, which is everywhere but on
     AMX, and there below 16 rows, whose time is the weight's way from memory.
     """
-    packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+    packs = _PACKS.get() if not torch.compiler.is_compiling() and not _LOW_MEMORY.get() else None
     suits = packs is not None and x.dtype == torch.float32 and has_amx() and x[..., 0].numel() >= 16
     if not suits or x.shape[-1] < 64 or not _is_frozen(layer.weight, x):
         return None

@@ -38,6 +38,7 @@ from ddpm_fast.compat import peers
 from ddpm_fast.compat.peers import Missing, attempt
 from ddpm_fast.compat.peers import diffusers as diffusers_peer
 from ddpm_fast.ops import _dispatch
+from ddpm_fast.unet import UNet
 
 QUICK = Settings(quick=True)
 ROOT = Path(__file__).parents[1]
@@ -293,7 +294,7 @@ def test_each_row_of_the_waterfall_switches_one_technique_on(model):
         "prepacked weights": lambda row: row.ops["_convolution_pointwise"] > 0 == row.ops["convolution"],
         "fused ops": lambda row: row.ops["fused norm"] > 0 == row.ops["native_group_norm"],
         "time tables": lambda row: row.ops["index_select"] > 0 == row.ops["sin"],
-        "Winograd convolution": lambda row: row.ops["conv3x3_packed"] > 0,
+        "own kernels": lambda row: row.ops["conv3x3_packed"] > 0,
         "bfloat16": lambda row: row.inputs == {(True, torch.bfloat16)},
     }
     for name, row in rows.items():
@@ -301,7 +302,7 @@ def test_each_row_of_the_waterfall_switches_one_technique_on(model):
         so_far = [*waterfall.TECHNIQUES][: [*waterfall.TECHNIQUES].index(name) + 1]
         expected = {technique: technique in so_far for technique in on}
         if "bfloat16" in so_far:  # float32's layout, and its kernels: bfloat16 has another
-            expected |= {"channels_last": False, "Winograd convolution": last["Winograd convolution"]}
+            expected |= {"channels_last": False, "own kernels": last["own kernels"]}
         assert last == expected, name
     exact = made["the same in our modules"](x, networks.TIME)
     for name in rows:
@@ -309,6 +310,18 @@ def test_each_row_of_the_waterfall_switches_one_technique_on(model):
         assert sampling.error(made[name](x, networks.TIME), exact) <= bound, name
     for run in runs.values():
         assert run().shape == x.shape
+
+
+def test_a_replayed_network_leaves_its_modules_alone(model, monkeypatch):
+    calls, forward_rows = [], UNet.forward_rows
+    monkeypatch.setattr(UNet, "forward_rows", lambda *given: calls.append(1) or forward_rows(*given))
+    x = sampling.noise(model, 2)
+    for replayed, expected in ((True, 2), (False, 4)):
+        calls.clear()
+        network = networks.ours(model, replayed=replayed)
+        for _ in range(4):
+            network(x, networks.TIME)
+        assert len(calls) == expected
 
 
 def test_our_network_is_the_model(model):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from .. import convolution
 from ..compat.peers import Network, compiled
 from ..convolution import Packs, can_pack, packing
+from ..replay import Replayed
 from ..unet import UNet, UNetConfig
 from .plain import plain_ops
 
@@ -53,9 +52,10 @@ def ours(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
     packed: bool = True,
-    winograd: bool = True,
+    own: bool = True,
     fused: bool = True,
     rows: bool = True,
+    replayed: bool = True,
     compile: bool = False,
 ) -> Network:
     """A copy of the model as a run of `Sampler` calls it, at `TIME`; each argument turns a technique off.
@@ -63,9 +63,10 @@ def ours(
     Args:
         packed: convolution weights laid out once for oneDNN (on the CPU, where there is one; not of a
             compiled model, whose weights inductor lays out).
-        winograd: 3x3 convolutions by our own kernels, where the weights are packed.
+        own: convolutions and linear layers by our own kernels where they are the faster, not oneDNN's alone.
         fused: norms by `ops.group_norm_silu`, else by PyTorch's ops.
         rows: what depends on the time alone is computed before.
+        replayed: its ops recorded once, and called without its modules (on the CPU; not of a compiled one).
     """
     device = model.conv_in.weight.device
     packed = packed and device.type == "cpu" and not compile and can_pack(dtype)
@@ -82,29 +83,22 @@ def ours(
     if compile:
         call = compiled(call)
 
+    def forward(x: Tensor) -> Tensor:
+        return call(x, at) if given is None else call(x, given, first)
+
+    if replayed and device.type == "cpu" and not compile:
+        forward = Replayed(forward)
+
     @torch.no_grad()
     def network(x: Tensor, t: int) -> Tensor:
         with ExitStack() as on:
             if packed:
-                on.enter_context(packing(packs))
-            if not winograd:
-                on.enter_context(_onednn_only())
+                on.enter_context(packing(packs, low_memory=not own))
             if not fused:
                 on.enter_context(plain_ops())
             if compile and device.type == "cpu":
                 on.enter_context(torch._inductor.config.patch(freezing=True))
             x = x.to(dtype=dtype, memory_format=layout)
-            return call(x, at) if given is None else call(x, given, first)
+            return forward(x)
 
     return network
-
-
-@contextmanager
-def _onednn_only() -> Iterator[None]:
-    """Within, packed 3x3 convolutions are oneDNN's, as all others are."""
-    chosen = convolution.fastest_conv3x3
-    convolution.fastest_conv3x3 = lambda *_: None
-    try:
-        yield
-    finally:
-        convolution.fastest_conv3x3 = chosen

@@ -22,7 +22,7 @@ from .networks import TIME, ours
 from .report import Column, Picture, Row, Table
 from .settings import Settings
 
-NOTHING = {"channels_last": False, "packed": False, "winograd": False, "fused": False, "rows": False}
+NOTHING = dict.fromkeys(("channels_last", "packed", "own", "fused", "rows", "replayed"), False)
 EAGER = "eager: diffusers, as shipped"
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "the same in our modules": {},
@@ -30,7 +30,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "prepacked weights": {"packed": True},
     "fused ops": {"fused": True},
     "time tables": {"rows": True},
-    "Winograd convolution": {"winograd": True},
+    "own kernels": {"own": True},
+    "replayed ops": {"replayed": True},
     "bfloat16": {"dtype": torch.bfloat16},
     "compile": {"compile": True},
 }
@@ -143,12 +144,12 @@ def _arms(
 def _ours(settings: Settings, model: UNet, name: str, on: dict[str, Any]) -> Network:
     """Raises Missing for a technique that changes nothing here: its row would be the row above."""
     device = settings.device.type
-    if name in ("prepacked weights", "Winograd convolution"):
+    if name in ("prepacked weights", "own kernels", "replayed ops"):
         if device != "cpu":
             raise Missing("it is for the CPU")
-        if not can_pack(torch.float32):
+        if name != "replayed ops" and not can_pack(torch.float32):
             raise Missing("this torch has no oneDNN that lays out weights")
-    op = {"fused ops": "group_norm_silu", "Winograd convolution": "conv3x3"}.get(name)
+    op = {"fused ops": "group_norm_silu", "own kernels": "conv3x3"}.get(name)
     if op and _dispatch.FASTEST[op, device, torch.float32] == "reference":
         raise Missing(f"there is no {op} kernel here")
     settings.check(name, "compile" in on)
