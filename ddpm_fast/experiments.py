@@ -59,6 +59,7 @@ class Asked:
                 size=size,
                 crop=False,
                 strict=False,
+                labelled=False,
                 device=self.device,
                 tell=lambda text: print(text, file=sys.stderr),
             )
