@@ -102,8 +102,8 @@ class Sampler:
             also tries out kernels. A first call takes some seconds to a minute, a second batch size once
             more; torch keeps what it compiled between processes. On the CPU the module is copied and its
             weights are frozen.
-        low_memory: on the CPU leave out our own convolution, whose packed weights take up to four times the
-            memory of the weights; `stats` says how much they took.
+        low_memory: on the CPU leave out our own convolution and linear layer, whose packed weights take up to
+            four times the memory of the weights; `stats` says how much they took.
 
     Attributes:
         table: the `StepTable` of a run.
@@ -402,10 +402,10 @@ class Sampler:
         generator,
         noise,
         stores_x0,
-        class_labels=None,
-        guidance_scale=None,
-        null_label=None,
-        cond_fn=None,
+        class_labels,
+        guidance_scale,
+        null_label,
+        cond_fn,
     ) -> Run:
         """The checked arguments of a call as a run that stands before its first step; for `evaluating`."""
         several = isinstance(generator, Sequence)

@@ -311,7 +311,6 @@ def test_the_whole_network_against_float64(generator, own):
     }
     assert algorithms >= {"f2" if has_amx() else "f4"}
     assert has_amx() == any(isinstance(pack.weight, ops.PackedLinear) for pack in own.values())
-    assert algorithms >= {"f4"}
 
 
 def test_low_memory_leaves_our_own_kernels_out(own):
@@ -331,7 +330,7 @@ def test_low_memory_leaves_our_own_kernels_out(own):
         in_use.clear()
         sampler = Sampler(model, Schedule.linear(), num_steps=3, **options)
         x = sampler(1, seed=2, callback=callback)
-        own = [pack.weight for pack in in_use.values() if isinstance(pack.weight, ops.PackedConv3x3)]
+        own = [pack.weight for pack in in_use.values() if not isinstance(pack.weight, torch.Tensor)]
         onednns = [layer for layer, pack in in_use.items() if isinstance(pack.weight, torch.Tensor)]
         expected = sum(packed.weight.nbytes for packed in own)
         assert sampler.stats.packed_bytes == expected + sum(layer.weight.nbytes for layer in onednns) > 0

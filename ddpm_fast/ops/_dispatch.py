@@ -84,17 +84,17 @@ TRITON_INSTALLED: bool = find_spec("triton") is not None
 FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
-def _load_direct() -> Any:
-    """The compiled library as a Python module, whose functions go past PyTorch's dispatcher, or None.
+def _load_direct() -> tuple[Any, str | None]:
+    """The compiled library as a Python module, whose functions go past PyTorch's dispatcher; or None and why.
 
     They do not run where somebody wants to see the op: a mode, a transform, a tracer or a profiler.
     """
     if NATIVE_MISSING is not None:
-        return None
+        return None, "there is no library"
     try:
         direct = import_module("._C", __package__.rpartition(".")[0])
-    except ImportError:  # built without Python's headers
-        return None
+    except ImportError:
+        return None, "the library was built without Python's headers"
     watchers = (
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
@@ -102,10 +102,12 @@ def _load_direct() -> Any:
         torch._C._get_tracing_state,
         torch._C._autograd._profiler_enabled,
     )
-    return direct if direct.set_up(Tensor, torch.nn.Parameter, watchers) else None
+    if not direct.set_up(Tensor, torch.nn.Parameter, watchers):
+        return None, "torch is older than 2.14"
+    return direct, None
 
 
-_DIRECT: Any = _load_direct()
+_DIRECT, DIRECT_MISSING = _load_direct()
 
 
 def direct(name: str) -> Callable[..., Any]:
