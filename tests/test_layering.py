@@ -24,7 +24,7 @@ ORDER = (
     {"sampler"},
     {"likelihood"},
     {"files"},
-    {"checkpoint", "generate", "info", "pictures"},
+    {"checkpoint", "info", "pictures"},
     {"training"},
     {"compat"},
     {"bench"},
