@@ -10,14 +10,13 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-Backend = Literal["native", "triton", "reference"]
 BACKENDS: tuple[str, ...] = ("native", "triton", "reference")
 
 LIBRARY = torch.library.Library("ddpm_fast", "DEF")

@@ -354,13 +354,12 @@ class Trainer:
 
     def _compiles(self) -> bool:
         """Whether an update is one compiled graph."""
+        alone = self.processes.count == 1 and self.config.accumulate == 1
         if self.config.compile != "auto":
-            alone = self.processes.count == 1 and self.config.accumulate == 1
             if self.config.compile and not alone:
                 raise ValueError("compile=true is for one process, and a batch in one part")
             return bool(self.config.compile)
         small = isinstance(self._members.model, points.EmbeddingMLP) and self.device.type == "cpu"
-        alone = self.processes.count == 1 and self.config.accumulate == 1
         learns = self.config.times == "second_moment"
         return small and alone and not learns and _dispatch.NATIVE_MISSING is None
 
