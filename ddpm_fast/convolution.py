@@ -76,7 +76,7 @@ def has_amx() -> bool:
     return cpu_kernels().startswith("amx")
 
 
-def fastest_conv3x3(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str | None:
+def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> str | None:
     """The fastest algorithm of `ops.conv3x3` with a packed weight, None where oneDNN is faster still.
 
     A weight is read from beyond the caches for every 48 tiles of outputs, 36, 24, 16 or 9 numbers for each
@@ -116,15 +116,16 @@ def fastest_conv3x3(batch: int, in_channels: int, out_channels: int, height: int
     """
     if in_channels < 16:
         return None
-
-    if tiles(batch, height, width, 4, 4) >= 32 and not has_amx():
-        return "f4"
-    if tiles(batch, height, width, 4, 2) >= 32 and not has_amx():
-        return "f4x2"
+    if not has_amx():
+        if tiles(batch, height, width, 4, 4) >= 32:
+            return "f4"
+        if tiles(batch, height, width, 4, 2) >= 32:
+            return "f4x2"
     return "f2" if tiles(batch, height, width, 2, 2) >= 16 else "direct"
 
 
 def tiles(batch: int, height: int, width: int, down: int, across: int) -> int:
+    """Of down x across outputs, in which a batch of images is taken."""
     return batch * -(-height // down) * -(-width // across)
 
 
@@ -189,7 +190,7 @@ class Conv2d(nn.Conv2d):
         if _LOW_MEMORY.get() or not self._is_ours(x):
             return None
         batch, _, height, width = x.shape
-        return fastest_conv3x3(batch, self.in_channels, self.out_channels, height, width)
+        return fastest_conv3x3(batch, self.in_channels, height, width)
 
     def _is_ours(self, x: Tensor) -> bool:
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
