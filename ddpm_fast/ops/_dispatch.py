@@ -118,7 +118,7 @@ def direct(name: str) -> Callable[..., Any]:
 
 def goes_direct(backend: str | None) -> bool:
     """Whether `direct` may be asked: the native backend is not ruled out, and no compiler traces the call."""
-    named = backend or FORCED_BACKEND
+    named = backend if backend is not None else FORCED_BACKEND
     return (
         (named is None or named == "native")
         and not torch.compiler.is_compiling()
