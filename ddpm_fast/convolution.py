@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops._dispatch import choose, cpu_kernels
+from .ops._dispatch import choose, cpu_kernels, is_transformed
 
 Own = ops.PackedConv3x3 | ops.PackedLinear
 
@@ -177,6 +177,8 @@ class Conv2d(nn.Conv2d):
         return (
             torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not is_transformed()
             and _suits(self.weight, x)
             and x.is_contiguous(memory_format=torch.channels_last)
             and self._is_ours(x)

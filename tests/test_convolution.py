@@ -350,3 +350,13 @@ def test_low_memory_leaves_our_own_kernels_out(own):
     assert torch.equal(walked, low) and sampler.stats.packed_bytes == taken
     with pytest.raises(TypeError, match="low_memory must be True or False, got 1"):
         run(low_memory=1)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_and_tracers_see_the_convolution_of_pytorch(generator):
+    conv, x = Conv2d(16, 16, 3, padding=1), channels_last(2, 16, 32, 32, generator=generator)
+    assert conv._learns(x) == (_dispatch.NATIVE_MISSING is None)
+    plain = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(torch.vmap(conv)(x[None])[0], plain)
+    traced = torch.jit.trace(conv, x)  # which looks whether a second trace is the same
+    torch.testing.assert_close(traced(x), plain)
