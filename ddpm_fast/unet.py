@@ -271,7 +271,7 @@ class Dropout(nn.Dropout):
     """``nn.Dropout``; on the CPU by one number of torch's generator, from which a kernel draws its mask."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = not self.training or torch.compiler.is_compiling() or not x.is_cpu
+        plain = not self.training or torch.compiler.is_compiling() or not x.is_cpu or not 0 < self.p < 1
         if plain or choose("dropout", None, x) != "native":
             return super().forward(x)
         return ops.dropout(x, self.p, torch.randint(-(2**63), 2**63 - 1, ()))
