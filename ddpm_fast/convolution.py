@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops._dispatch import choose, cpu_kernels, is_transformed
+from .ops._dispatch import cpu_kernels, is_transformed, runs_native
 
 Own = ops.PackedConv3x3 | ops.PackedLinear
 
@@ -195,7 +195,7 @@ class Conv2d(nn.Conv2d):
 
     def _is_ours(self, x: Tensor) -> bool:
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and choose("conv3x3", None, x) == "native"
+        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and runs_native("conv3x3", x)
 
     def _pack(self, x: Tensor, packs: Packs, algorithm: str | None) -> Tensor | ops.PackedConv3x3:
         weight = self.weight
@@ -235,14 +235,14 @@ def own_linear(
 ) -> Tensor | None:
     """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, and ``plus`` added.
 
-    None where that is not for it: outside `packing`, or where BLAS is as fast, which is everywhere but on
-    AMX, and there below 16 rows, whose time is the weight's way from memory.
+    None where that is not for it: outside `packing` or with its ``low_memory``, or where BLAS is as fast,
+    which is everywhere but on AMX, and there below 16 rows, whose time is the weight's way from memory.
     """
     packs = _PACKS.get() if not torch.compiler.is_compiling() else None
-    suits = packs is not None and x.dtype == torch.float32 and has_amx() and x[..., 0].numel() >= 16
-    if not suits or x.shape[-1] < 64 or not _is_frozen(layer.weight, x):
+    suits = packs is not None and not _LOW_MEMORY.get() and x.dtype == torch.float32
+    if not suits or not has_amx() or x.shape[-1] < 64 or x[..., 0].numel() < 16:
         return None
-    if choose("linear", None, x) != "native":
+    if not _is_frozen(layer.weight, x) or not runs_native("linear", x):
         return None
     weight = layer.weight
     key = ("linear", x.dtype, weight.data_ptr(), weight._version)

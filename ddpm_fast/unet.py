@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .convolution import Conv2d, Linear, own_linear
-from .ops._dispatch import choose
+from .ops._dispatch import runs_native
 
 __all__ = ["TimeRows", "UNet", "UNetConfig", "timestep_embedding"]
 
@@ -272,7 +272,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = not self.training or torch.compiler.is_compiling() or not x.is_cpu or not 0 < self.p < 1
-        if plain or choose("dropout", None, x) != "native":
+        if plain or not runs_native("dropout", x):
             return super().forward(x)
         return ops.dropout(x, self.p, torch.randint(-(2**63), 2**63 - 1, ()))
 

@@ -274,3 +274,9 @@ def choose(op: str, backend: str | None, x: Tensor) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {named!r} cannot run {op} here: {reason}")
     return named
+
+
+def runs_native(op: str, x: Tensor) -> bool:
+    """Whether `choose` without a name is "native"; for layers with another way, nothing is raised."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    return FORCED_BACKEND in (None, "native") and FASTEST.get((op, kind, x.dtype)) == "native"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_floating, describe
-from ._dispatch import LIBRARY, choose, define, differentiable
+from ._dispatch import LIBRARY, choose, define, differentiable, runs_native
 
 ALGORITHMS: dict[str, tuple[int, int]] = {
     "direct": (1, 1),
@@ -245,7 +245,7 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     has_bias, has_plus = ctx.given
     d_plus = grad if has_plus else None
-    if choose("conv3x3", None, x) != "native":
+    if not runs_native("conv3x3", x):
         mask = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
         return *_eager_backward(grad, x, weight, mask), d_plus, None, None
     d_x = d_weight = d_bias = None
