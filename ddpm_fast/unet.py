@@ -560,7 +560,7 @@ class UNet(nn.Module):
         """Every residual block, in the order in which the network calls them."""
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from level.resnets
-            if isinstance(level.resample, ResBlock):
+            if self.config.resblock_updown and level.resample is not None:
                 yield level.resample
 
     def _body(self, x: Tensor, times: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -568,7 +568,7 @@ class UNet(nn.Module):
         given = iter(zip(times, biases, strict=True))
 
         def resampled(h: Tensor, resample: nn.Module) -> Tensor:
-            return resample(h, *next(given)) if isinstance(resample, ResBlock) else resample(h)
+            return resample(h, *next(given)) if self.config.resblock_updown else resample(h)
 
         h = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [h]
