@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops._dispatch import choose, cpu_kernels
+from .ops._dispatch import cpu_kernels, is_transformed, runs_native
 
 Own = ops.PackedConv3x3 | ops.PackedLinear
 
@@ -178,6 +178,8 @@ class Conv2d(nn.Conv2d):
         return (
             torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not is_transformed()
             and _suits(self.weight, x)
             and x.is_contiguous(memory_format=torch.channels_last)
             and self._is_ours(x)
@@ -194,7 +196,7 @@ class Conv2d(nn.Conv2d):
 
     def _is_ours(self, x: Tensor) -> bool:
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and choose("conv3x3", None, x) == "native"
+        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and runs_native("conv3x3", x)
 
     def _pack(self, x: Tensor, packs: Packs, algorithm: str | None) -> Tensor | Own:
         def pack() -> Tensor | Own:
@@ -232,7 +234,7 @@ def own_linear(
         return None
     if x.dtype != torch.float32 or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
         return None
-    if not _is_frozen(layer.weight, x) or choose("linear", None, x) != "native":
+    if not _is_frozen(layer.weight, x) or not runs_native("linear", x):
         return None
 
     def pack() -> Own:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .convolution import Conv2d, Linear, own_linear
-from .ops._dispatch import choose
+from .ops._dispatch import runs_native
 from .unet_config import UNetConfig
 
 __all__ = ["TimeRows", "UNet", "UNetConfig", "timestep_embedding"]
@@ -129,8 +129,8 @@ class Dropout(nn.Dropout):
     """``nn.Dropout``; on the CPU by one number of torch's generator, from which a kernel draws its mask."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = not self.training or torch.compiler.is_compiling() or not x.is_cpu
-        if plain or choose("dropout", None, x) != "native":
+        plain = not self.training or torch.compiler.is_compiling() or not x.is_cpu or not 0 < self.p < 1
+        if plain or not runs_native("dropout", x):
             return super().forward(x)
         return ops.dropout(x, self.p, torch.randint(-(2**63), 2**63 - 1, ()))
 
@@ -418,7 +418,7 @@ class UNet(nn.Module):
         """Every residual block, in the order in which the network calls them."""
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from level.resnets
-            if isinstance(level.resample, ResBlock):
+            if self.config.resblock_updown and level.resample is not None:
                 yield level.resample
 
     def _body(self, x: Tensor, times: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -426,7 +426,7 @@ class UNet(nn.Module):
         given = iter(zip(times, biases, strict=True))
 
         def resampled(h: Tensor, resample: nn.Module) -> Tensor:
-            return resample(h, *next(given)) if isinstance(resample, ResBlock) else resample(h)
+            return resample(h, *next(given)) if self.config.resblock_updown else resample(h)
 
         h = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [h]

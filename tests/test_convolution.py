@@ -14,7 +14,7 @@ from torch import nn
 from ddpm_fast import Request, Sampler, Schedule, UNet, UNetConfig, convolution, ops
 from ddpm_fast.convolution import Conv2d, Linear, can_pack, fastest_conv3x3, has_amx, packing
 from ddpm_fast.ops import _dispatch
-from ddpm_fast.unet import Shortcut
+from ddpm_fast.unet import Dropout, Shortcut
 
 WINDOWS = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -349,3 +349,26 @@ def test_low_memory_leaves_our_own_kernels_out(own):
     assert torch.equal(walked, low) and sampler.stats.packed_bytes == taken
     with pytest.raises(TypeError, match="low_memory must be True or False, got 1"):
         run(low_memory=1)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_and_tracers_see_the_convolution_of_pytorch(generator):
+    conv, x = Conv2d(16, 16, 3, padding=1), channels_last(2, 16, 32, 32, generator=generator)
+    assert conv._learns(x) == (_dispatch.NATIVE_MISSING is None)
+    plain = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(torch.vmap(conv)(x[None])[0], plain)
+    traced = torch.jit.trace(conv, x)  # which looks whether a second trace is the same
+    torch.testing.assert_close(traced(x), plain)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forced_backend_without_the_op_leaves_pytorch_s_own(backend, dtype, generator, monkeypatch, packs):
+    monkeypatch.setattr(_dispatch, "FORCED_BACKEND", backend)
+    conv, x = Conv2d(16, 16, 3, padding=1).to(dtype), channels_last(2, 16, 32, 32, generator=generator)
+    exact, x = copy.deepcopy(conv).double()(x.to(dtype).double()), x.to(dtype)
+    conv(x).float().sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x).double(), exact, rtol=0, atol=32 * torch.finfo(dtype).eps)
+    layer = Dropout(0.5)
+    assert 0 < int((layer(x) == 0).sum()) < x.numel()

@@ -119,7 +119,7 @@ def direct(name: str) -> Callable[..., Any]:
 
 def goes_direct(backend: str | None) -> bool:
     """Whether `direct` may be asked: the native backend is not ruled out, and no compiler traces the call."""
-    named = backend or FORCED_BACKEND
+    named = backend if backend is not None else FORCED_BACKEND
     return (
         (named is None or named == "native")
         and not torch.compiler.is_compiling()
@@ -275,3 +275,9 @@ def choose(op: str, backend: str | None, x: Tensor) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {named!r} cannot run {op} here: {reason}")
     return named
+
+
+def runs_native(op: str, x: Tensor) -> bool:
+    """Whether `choose` without a name is "native"; for layers with another way, nothing is raised."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    return FORCED_BACKEND in (None, "native") and FASTEST.get((op, kind, x.dtype)) == "native"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_floating, describe
-from ._dispatch import LIBRARY, choose, define, differentiable
+from ._dispatch import LIBRARY, choose, define, differentiable, runs_native
 from ._packed import Operands, check_operands, check_packed_call, on_a_huge_page
 
 ALGORITHMS: dict[str, tuple[int, int]] = {
@@ -214,7 +214,7 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     has_bias, has_plus = ctx.given
     d_plus = grad if has_plus else None
-    if choose("conv3x3", None, x) != "native":
+    if not runs_native("conv3x3", x):
         mask = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
         return *_eager_backward(grad, x, weight, mask), d_plus, None, None
     d_x = d_weight = d_bias = None
