@@ -41,7 +41,7 @@ class Layer(NamedTuple):
         return 18 * batch * self.channels * self.out_channels * self.side**2
 
     def fastest(self, batch: int) -> str:
-        return fastest_conv3x3(batch, *self[:2], self.side, self.side) or "oneDNN"
+        return fastest_conv3x3(batch, self.channels, self.side, self.side) or "oneDNN"
 
 
 def layers() -> list[Layer]:

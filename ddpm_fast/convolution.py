@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops._dispatch import choose, cpu_kernels
+from .ops._dispatch import cpu_kernels, is_transformed, runs_native
 
 Own = ops.PackedConv3x3 | ops.PackedLinear
 
 
 class Packed(NamedTuple):
     key: tuple
-    weight: Tensor | Own  # opaque: only oneDNN, or our own kernels, read it
+    weight: Tensor | Own  # opaque: oneDNN reads it, or our own kernels
 
 
 class Kept(NamedTuple):
-    algorithm: str
+    made_for: str  # which of the kernels
     shape: torch.Size
     fingerprint: int  # of the values that were packed
     packed: Own
@@ -76,7 +76,7 @@ def has_amx() -> bool:
     return cpu_kernels().startswith("amx")
 
 
-def fastest_conv3x3(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str | None:
+def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> str | None:
     """The fastest algorithm of `ops.conv3x3` with a packed weight, None where oneDNN is faster still.
 
     A weight is read from beyond the caches for every 48 tiles of outputs, 36, 24, 16 or 9 numbers for each
@@ -116,15 +116,16 @@ def fastest_conv3x3(batch: int, in_channels: int, out_channels: int, height: int
     """
     if in_channels < 16:
         return None
-
-    if tiles(batch, height, width, 4, 4) >= 32 and not has_amx():
-        return "f4"
-    if tiles(batch, height, width, 4, 2) >= 32 and not has_amx():
-        return "f4x2"
+    if not has_amx():
+        if tiles(batch, height, width, 4, 4) >= 32:
+            return "f4"
+        if tiles(batch, height, width, 4, 2) >= 32:
+            return "f4x2"
     return "f2" if tiles(batch, height, width, 2, 2) >= 16 else "direct"
 
 
 def tiles(batch: int, height: int, width: int, down: int, across: int) -> int:
+    """Of down x across outputs, in which a batch of images is taken."""
     return batch * -(-height // down) * -(-width // across)
 
 
@@ -177,6 +178,8 @@ class Conv2d(nn.Conv2d):
         return (
             torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not is_transformed()
             and _suits(self.weight, x)
             and x.is_contiguous(memory_format=torch.channels_last)
             and self._is_ours(x)
@@ -189,31 +192,21 @@ class Conv2d(nn.Conv2d):
         if _LOW_MEMORY.get() or not self._is_ours(x):
             return None
         batch, _, height, width = x.shape
-        return fastest_conv3x3(batch, self.in_channels, self.out_channels, height, width)
+        return fastest_conv3x3(batch, self.in_channels, height, width)
 
     def _is_ours(self, x: Tensor) -> bool:
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and choose("conv3x3", None, x) == "native"
+        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and runs_native("conv3x3", x)
 
-    def _pack(self, x: Tensor, packs: Packs, algorithm: str | None) -> Tensor | ops.PackedConv3x3:
-        weight = self.weight
-        made_for = algorithm or x.shape  # oneDNN's layout depends on the shape
-        key = (made_for, x.dtype, weight.data_ptr(), weight._version)
-        packed = packs.get(self)
-        if packed is None or packed.key != key:
-            packs.pop(self, None)  # free the old one first
+    def _pack(self, x: Tensor, packs: Packs, algorithm: str | None) -> Tensor | Own:
+        def pack() -> Tensor | Own:
             if algorithm is not None:
-                laid_out = self._kept(algorithm)
-            else:
-                window = (self.padding, self.stride, self.dilation, 1)
-                laid_out = torch.ops.mkldnn._reorder_convolution_weight(
-                    weight.detach(), *window, list(x.shape)
-                )
-            packed = packs[self] = Packed(key, laid_out)
-        return packed.weight
+                return _keep(self, algorithm, lambda: ops.pack_conv3x3(self.weight, algorithm))
+            window = (self.padding, self.stride, self.dilation, 1)
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            return reorder(self.weight.detach(), *window, list(x.shape))
 
-    def _kept(self, algorithm: str) -> ops.PackedConv3x3:
-        return _keep(self, algorithm, lambda: ops.pack_conv3x3(self.weight, algorithm))
+        return _laid_out(self, packs, algorithm or x.shape, pack)  # oneDNN's layout depends on the shape
 
 
 class Linear(nn.Linear):
@@ -233,22 +226,22 @@ def own_linear(
 ) -> Tensor | None:
     """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, and ``plus`` added.
 
-    None where that is not for it: outside `packing`, or where BLAS is as fast, which is everywhere but on
-    AMX, and there below 16 rows, whose time is the weight's way from memory.
+    None where that is not for it: outside `packing` or with its ``low_memory``; and where BLAS is as fast,
+    which is everywhere but on AMX, and there below 16 rows, whose time is the weight's way from memory.
     """
-    packs = _PACKS.get() if not torch.compiler.is_compiling() and not _LOW_MEMORY.get() else None
-    suits = packs is not None and x.dtype == torch.float32 and has_amx() and x[..., 0].numel() >= 16
-    if not suits or x.shape[-1] < 64 or not _is_frozen(layer.weight, x):
+    packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+    if packs is None or _LOW_MEMORY.get() or not has_amx():
         return None
-    if choose("linear", None, x) != "native":
+    if x.dtype != torch.float32 or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
         return None
-    weight = layer.weight
-    key = ("linear", x.dtype, weight.data_ptr(), weight._version)
-    packed = packs.get(layer)
-    if packed is None or packed.key != key:
-        own = _keep(layer, "linear", lambda: ops.pack_linear(weight.flatten(1)))
-        packed = packs[layer] = Packed(key, own)
-    return ops.linear_packed(x, packed.weight, bias, plus=plus)
+    if not _is_frozen(layer.weight, x) or not runs_native("linear", x):
+        return None
+
+    def pack() -> Own:
+        return _keep(layer, "linear", lambda: ops.pack_linear(layer.weight.flatten(1)))
+
+    packed = _laid_out(layer, packs, "linear", pack)
+    return ops.linear_packed(x, packed, bias, plus=plus)
 
 
 def _is_frozen(weight: Tensor, x: Tensor) -> bool:
@@ -270,8 +263,22 @@ def _suits(weight: Tensor, x: Tensor) -> bool:
     )
 
 
-def _keep(layer: nn.Module, algorithm: str, pack: Callable[[], Own]) -> Own:
-    now = algorithm, layer.weight.shape, ops.fingerprint(layer.weight)
+def _laid_out(
+    layer: nn.Module, packs: Packs, made_for: str | torch.Size, pack: Callable[[], Tensor | Own]
+) -> Tensor | Own:
+    """What the run has packed of a layer, packed anew where its weight has changed, or what it is for."""
+    weight = layer.weight
+    key = (made_for, weight.dtype, weight.data_ptr(), weight._version)
+    packed = packs.get(layer)
+    if packed is None or packed.key != key:
+        packs.pop(layer, None)  # free the old one first
+        packed = packs[layer] = Packed(key, pack())
+    return packed.weight
+
+
+def _keep(layer: nn.Module, made_for: str, pack: Callable[[], Own]) -> Own:
+    """What an earlier run has packed of the same values, see `_KEPT`, or packed now."""
+    now = made_for, layer.weight.shape, ops.fingerprint(layer.weight)
     kept = _KEPT.get(layer)
     if kept is None or kept[:3] != now:
         _KEPT.pop(layer, None)

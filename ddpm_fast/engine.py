@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from inspect import signature
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -222,15 +224,39 @@ def advancing(step: Step, buffers: Buffers, draw: Callable[[], Tensor | None]) -
     return advance
 
 
+_LOCK = Lock()
+_EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+"""How many, in whatever threads, evaluate a module now, and which of its parts they found in training."""
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """A module in eval mode, without gradients; each of its parts as it was afterwards."""
-    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
-    for part in training:
-        part.training = False
+    """A module in eval mode, without gradients; each of its parts as it was when the last is done with it."""
+    is_module = isinstance(model, nn.Module)
+    if is_module:
+        _begin(model)
     try:
         with torch.no_grad():
             yield
     finally:
+        if is_module:
+            _end(model)
+
+
+def _begin(model: nn.Module) -> None:
+    with _LOCK:
+        count, training = _EVALUATED.get(model, (0, []))
+        found = [part for part in model.modules() if part.training]
+        for part in found:
+            part.training = False
+        _EVALUATED[model] = count + 1, training + found
+
+
+def _end(model: nn.Module) -> None:
+    with _LOCK:
+        count, training = _EVALUATED.pop(model)
+        if count > 1:
+            _EVALUATED[model] = count - 1, training
+            return
         for part in training:
             part.training = True

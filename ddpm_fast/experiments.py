@@ -47,11 +47,16 @@ class Asked:
             report.check_writable(self.json_to)
 
     def load(self, count: int) -> tuple[UNet, Schedule, dict[str, Any], Tensor]:
-        """The model, its schedule, the settings that belong to it, and the first ``count`` images for it."""
+        """The model, its schedule, the settings that belong to it, and the first ``count`` images for it.
+
+        Of a model with classes the settings have the images' own, as ``class_labels``.
+        """
         model, schedule, settings = checkpoint.load(self.folder)
         size = None if model.config.sample_size is None else model.sample_shape[1:]
+        labelled = model.config.num_class_embeds is not None
         if self.data is None:
-            images = training.data.InMemory(training.data.digits()[1][0], self.device)
+            held_out, labels = training.data.digits()[1]
+            images = training.data.InMemory(held_out, self.device, labels)
         else:
             images = training.data.load(
                 self.data,
@@ -59,6 +64,7 @@ class Asked:
                 size=size,
                 crop=False,
                 strict=False,
+                labelled=labelled,
                 device=self.device,
                 tell=lambda text: print(text, file=sys.stderr),
             )
@@ -68,8 +74,13 @@ class Asked:
             raise ValueError(f"--data: the model's images are {shape}, {has} {images.shape}")
         if count > len(images):
             raise ValueError(f"--n {self.n} takes {count} images, the data has {len(images)}")
-        x0 = images.take(torch.arange(count)).to(self.device)
-        return model.to(self.device), schedule, checkpoint.of_model(settings), x0
+        settings, first = checkpoint.of_model(settings), torch.arange(count)
+        if labelled:
+            x0, labels = images.take_labelled(first)
+            settings["class_labels"] = labels.to(self.device)
+        else:
+            x0 = images.take(first)
+        return model.to(self.device), schedule, settings, x0.to(self.device)
 
     def tell(self, lines: list[str], numbers: dict[str, Any]) -> None:
         """Lines to stdout and the numbers to a file; or the numbers alone to stdout."""
@@ -118,18 +129,21 @@ def progressive(asked: Asked, out: Path, plot_to: Path | None) -> None:
 
 
 def interpolate(asked: Asked, t: int | None, mixes: int, method: str, steps: int | None, out: Path) -> None:
-    """Images k and n + k, and between them the mixes, a row a pair."""
+    """Images k and n + k, and between them the mixes, a row a pair; in classes, of image k's."""
     if mixes < 2:
         raise ValueError(f"--mixes must be at least 2, got {mixes}")
     pictures.check_png("--out", out)
     model, schedule, settings, x0 = asked.load(2 * asked.n)
     pictures.check_channels(x0.shape[1], "png-grid")
     t = schedule.T // 2 if t is None else t
+    labels = settings.pop("class_labels", None)
     lambdas = torch.linspace(0, 1, mixes).tolist()
     start, rows = time.perf_counter(), []
     for first in range(0, asked.n, asked.batch_size):
         a, b = (end[first : first + asked.batch_size] for end in x0.chunk(2))
         options = {"method": method, "num_steps": steps, "seed": asked.seed, "first_image": first}
+        if labels is not None:
+            options["class_labels"] = labels[first : first + len(a)]
         found = likelihood.interpolate(
             model, schedule, a, b, t, lambdas, **settings, **options, progress=True
         )

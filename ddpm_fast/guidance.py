@@ -157,7 +157,9 @@ class Classifier:
         return cls(cond_fn, tensor((1 - ab) / np.sqrt(ab) / table.column("x0_from_out")), None, None)
 
     def gradient(self, x: Tensor, t: Tensor) -> Tensor:
-        gradient = self.cond_fn(x.detach(), t)
+        with torch.inference_mode(False), torch.no_grad():  # a caller's mode would refuse a gradient
+            x, t = (value.clone() if value.is_inference() else value for value in (x.detach(), t))
+            gradient = self.cond_fn(x, t)
         if not isinstance(gradient, Tensor) or gradient.shape != x.shape or not gradient.is_floating_point():
             given = type(gradient).__name__
             if isinstance(gradient, Tensor):

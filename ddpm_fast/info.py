@@ -12,7 +12,7 @@ from .ops import _dispatch
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, whether the libraries were built and which instruction set runs, and backends.
+    """Versions, devices, whether the libraries were built, which instruction set runs, and backends.
 
     ``backends`` maps each op and device to the backend that runs float32 there and why.
     """
@@ -20,6 +20,7 @@ def info() -> dict[str, Any]:
         f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())
     ]
     missing, cuda_missing = _dispatch.NATIVE_MISSING, _dispatch.CUDA_MISSING
+    direct_missing = _dispatch.DIRECT_MISSING
     return {
         "ddpm_fast": version("ddpm_fast"),
         "torch": torch.__version__,
@@ -30,6 +31,7 @@ def info() -> dict[str, Any]:
         "library": str(_dispatch.LIBRARY_FILE) if missing is None else f"none: {missing}",
         "cuda library": str(_dispatch.CUDA_LIBRARY_FILE) if cuda_missing is None else f"none: {cuda_missing}",
         "cpu kernels": _dispatch.cpu_kernels(),
+        "past the dispatcher": "group norms" if direct_missing is None else f"none: {direct_missing}",
         "backends": {
             f"{op} on {device}": _backend(op, device)
             for op in _dispatch.OPS
@@ -49,7 +51,7 @@ def _backend(op: str, device: str) -> str:
     if chosen == "reference":
         why = _dispatch.why_not(op, "native", device, dtype)
     elif device == "cpu":
-        why = "the fastest by `ddpm-fast bench ops`"
+        why = "the fastest that was measured"
     else:
         why = "moves the fewest bytes; its time is not measured"
     return f"{chosen} ({why})"

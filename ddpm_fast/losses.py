@@ -260,7 +260,7 @@ def bound_term(x0: Tensor, apart: Tensor, t: Tensor, logs: Tensor, v: Tensor | N
     kl = normal_kl(apart, true_log, log_var)
     first = per_sample(t == 0, apart)
     # Elsewhere the likelihood is not used: its gradient must not be 0 times inf there.
-    likelihood = _log_likelihood(x0, torch.where(first, apart, 0.0), torch.where(first, log_var, 0.0))
+    likelihood = log_likelihood(x0, torch.where(first, apart, 0.0), torch.where(first, log_var, 0.0))
     return torch.where(first, -likelihood, kl).flatten(1).mean(1)
 
 
@@ -270,20 +270,20 @@ def normal_kl(apart: Tensor, log_var: Tensor, other: Tensor) -> Tensor:
     return 0.5 * (ratio.expm1() - ratio + apart.square() * (-other).exp())
 
 
-def _log_likelihood(x: Tensor, from_mean: Tensor, log_var: Tensor) -> Tensor:
+def log_likelihood(x: Tensor, from_mean: Tensor, log_var: Tensor) -> Tensor:
     """log p(x) of 8-bit images in [-1, 1], a Gaussian integrated over each level (Ho et al., eq. 13).
 
     ``from_mean`` is x less the mean. The distribution function is the tanh approximation that Ho's and
     OpenAI's codes use, so that bits compare.
     """
     inverse_std = torch.exp(-0.5 * log_var)
-    above = _normal_cdf(inverse_std * (from_mean + 1 / 255))
-    below = _normal_cdf(inverse_std * (from_mean - 1 / 255))
+    above = normal_cdf(inverse_std * (from_mean + 1 / 255))
+    below = normal_cdf(inverse_std * (from_mean - 1 / 255))
     probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return probability.clamp(min=1e-12).log()
 
 
-def _normal_cdf(x: Tensor) -> Tensor:
+def normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -1,4 +1,4 @@
-"""A run of `Sampler` under way: what every step reads and writes, and how it is launched."""
+"""`Run`: a run of `Sampler` under way."""
 
 from __future__ import annotations
 
@@ -62,13 +62,7 @@ class Run:
             return advancing(step, buffers, lambda: drawn.draw(buffers.x) if own else buffers.noise)
 
         inputs = replace(buffers, noise=torch.zeros_like(x)) if self.noise_is_given else buffers
-        settings = (
-            clip,
-            network.compile,
-            network.dtype,
-            network.channels_last,
-            len(self.generators),
-        )
+        settings = clip, network.compile, network.dtype, network.channels_last, len(self.generators)
         self.captured = None
         if classifier is None:
             self.captured = self.graphs.take(inputs, bind, self.generators, settings)

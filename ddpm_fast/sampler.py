@@ -102,8 +102,8 @@ class Sampler:
             also tries out kernels. A first call takes some seconds to a minute, a second batch size once
             more; torch keeps what it compiled between processes. On the CPU the module is copied and its
             weights are frozen.
-        low_memory: on the CPU leave out our own convolution, whose packed weights take up to four times the
-            memory of the weights; `stats` says how much they took.
+        low_memory: on the CPU leave out our own convolution and linear layer, whose packed weights take up to
+            four times the memory of the weights; `stats` says how much they took.
 
     Attributes:
         table: the `StepTable` of a run.
@@ -252,7 +252,7 @@ class Sampler:
                 ``-sqrt(1 - ab)`` times that. No step is captured then.
             progress: show a bar on stderr; or a function that shows one, as ``tqdm.tqdm``, given the steps.
             callback: called as ``callback(i, t, x, x0)`` after each step with the step, its time and the live
-                tensors; it may change x in place.
+                tensors; it may change x in place, and not the weights, which a run has laid out.
 
         Raises:
             TypeError, ValueError: an argument of a wrong kind, shape or combination, named, before any work;
@@ -313,7 +313,7 @@ class Sampler:
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yield ``(i, t, x, x0)`` after every ``every``-th step and the last; the tensors are copies.
 
-        The other arguments are those of a call.
+        The weights must not change meanwhile. The other arguments are those of a call.
 
         Raises:
             As a call, at once; ValueError for ``every`` below 1.
@@ -402,10 +402,10 @@ class Sampler:
         generator,
         noise,
         stores_x0,
-        class_labels=None,
-        guidance_scale=None,
-        null_label=None,
-        cond_fn=None,
+        class_labels,
+        guidance_scale,
+        null_label,
+        cond_fn,
     ) -> Run:
         """The checked arguments of a call as a run that stands before its first step; for `evaluating`."""
         several = isinstance(generator, Sequence)
@@ -417,7 +417,8 @@ class Sampler:
             if x_T.dim() < 2:
                 raise ValueError(f"x_T must have at least two dimensions, got shape {tuple(x_T.shape)}")
         if batch_size is None:
-            counted = (x_T, class_labels, generator if several else None)
+            labels = class_labels if isinstance(class_labels, Tensor) and class_labels.dim() else None
+            counted = (x_T, labels, generator if several else None)
             batch_size = next((len(given) for given in counted if given is not None), 1)
         batch_size = check_int("batch_size", batch_size, 1)
         shape = (batch_size, *self._shape(shape, x_T))

@@ -52,7 +52,14 @@ def test_with_no_arguments_it_samples_the_bundled_digits(tmp_path):
 def test_info(tmp_path):
     done = run("info", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("ddpm_fast: ", "torch: ", "library: ", "cpu kernels: ", "group_norm_silu on cpu: "):
+    for word in (
+        "ddpm_fast: ",
+        "torch: ",
+        "library: ",
+        "cpu kernels: ",
+        "past the dispatcher: ",
+        "group_norm_silu on cpu: ",
+    ):
         assert word in done.stdout
 
 

@@ -179,7 +179,7 @@ def test_pictures_of_a_trained_network(pipeline, steps):
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=config.norm_num_groups,
     ).eval()
-    trained.load_state_dict(checkpoint._diffusers_views(model))
+    trained.load_state_dict(checkpoint.diffusers_views(model))
     assert settings["prediction"] == "v"
     scheduler = diffusers.DDPMScheduler(
         len(schedule), trained_betas=schedule.betas.tolist(), prediction_type="v_prediction"

@@ -59,7 +59,7 @@ def unet(diffusers):
         freq_shift=1,
         dropout=0.1,
     )
-    unet.load_state_dict(checkpoint._diffusers_views(checkpoint.load(checkpoint.DIGITS)[0]))
+    unet.load_state_dict(checkpoint.diffusers_views(checkpoint.load(checkpoint.DIGITS)[0]))
     return unet.eval()
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ddpm_fast import Request, Sampler, Schedule, UNet, UNetConfig, convolution, ops
 from ddpm_fast.convolution import Conv2d, Linear, can_pack, fastest_conv3x3, has_amx, packing
 from ddpm_fast.ops import _dispatch
-from ddpm_fast.unet import Shortcut
+from ddpm_fast.unet import Dropout, Shortcut
 
 WINDOWS = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -208,7 +208,7 @@ def test_other_windows_are_onednns(window, generator, own):
 
 
 def test_few_channels_and_other_backends_are_onednns(generator, own, monkeypatch):
-    assert fastest_conv3x3(1, 3, 128, 32, 32) is None
+    assert fastest_conv3x3(1, 3, 32, 32) is None
     monkeypatch.setattr(_dispatch, "FORCED_BACKEND", "reference")
     conv = Conv2d(32, 32, 3, padding=1)
     with torch.no_grad():
@@ -311,7 +311,6 @@ def test_the_whole_network_against_float64(generator, own):
     }
     assert algorithms >= {"f2" if has_amx() else "f4"}
     assert has_amx() == any(isinstance(pack.weight, ops.PackedLinear) for pack in own.values())
-    assert algorithms >= {"f4"}
 
 
 def test_low_memory_leaves_our_own_kernels_out(own):
@@ -331,7 +330,7 @@ def test_low_memory_leaves_our_own_kernels_out(own):
         in_use.clear()
         sampler = Sampler(model, Schedule.linear(), num_steps=3, **options)
         x = sampler(1, seed=2, callback=callback)
-        own = [pack.weight for pack in in_use.values() if isinstance(pack.weight, ops.PackedConv3x3)]
+        own = [pack.weight for pack in in_use.values() if not isinstance(pack.weight, torch.Tensor)]
         onednns = [layer for layer, pack in in_use.items() if isinstance(pack.weight, torch.Tensor)]
         expected = sum(packed.weight.nbytes for packed in own)
         assert sampler.stats.packed_bytes == expected + sum(layer.weight.nbytes for layer in onednns) > 0
@@ -350,3 +349,26 @@ def test_low_memory_leaves_our_own_kernels_out(own):
     assert torch.equal(walked, low) and sampler.stats.packed_bytes == taken
     with pytest.raises(TypeError, match="low_memory must be True or False, got 1"):
         run(low_memory=1)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_and_tracers_see_the_convolution_of_pytorch(generator):
+    conv, x = Conv2d(16, 16, 3, padding=1), channels_last(2, 16, 32, 32, generator=generator)
+    assert conv._learns(x) == (_dispatch.NATIVE_MISSING is None)
+    plain = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(torch.vmap(conv)(x[None])[0], plain)
+    traced = torch.jit.trace(conv, x)  # which looks whether a second trace is the same
+    torch.testing.assert_close(traced(x), plain)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forced_backend_without_the_op_leaves_pytorch_s_own(backend, dtype, generator, monkeypatch, packs):
+    monkeypatch.setattr(_dispatch, "FORCED_BACKEND", backend)
+    conv, x = Conv2d(16, 16, 3, padding=1).to(dtype), channels_last(2, 16, 32, 32, generator=generator)
+    exact, x = copy.deepcopy(conv).double()(x.to(dtype).double()), x.to(dtype)
+    conv(x).float().sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x).double(), exact, rtol=0, atol=32 * torch.finfo(dtype).eps)
+    layer = Dropout(0.5)
+    assert 0 < int((layer(x) == 0).sum()) < x.numel()

@@ -88,6 +88,18 @@ def test_what_is_not_plain_goes_to_the_op(x, generator):
     assert direct(x) is None
 
 
+def test_nothing_is_said_that_the_op_would_not_say(x, capfd):
+    """libtorch tells stderr of each of its own errors that crosses to C."""
+    torch.func.vmap(lambda v: ops.group_norm_silu(v, 4, torch.ones(8)))(x[None])
+    with pytest.raises(ValueError, match="skip must have at least 2 dimensions"):
+        ops.group_norm_silu_concat(x, x.flatten(), 4)
+    with pytest.raises(RuntimeError, match="'concat'"):
+        ops.group_norm_silu_concat(x, x, 4, concat="no")
+    with pytest.raises(ValueError, match="backend='' is not known"):
+        ops.group_norm_silu(x, 4, backend="")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_gradient_goes_to_the_op(x):
     weight = nn.Parameter(torch.ones(8))
     assert call(x, weight=weight) is None and call(x.clone().requires_grad_()) is None

@@ -126,6 +126,13 @@ def test_the_layer_draws_by_torch_s_generator(generator):
     assert 0 < float((compiled(x) == 0).float().mean()) < 1
 
 
+@pytest.mark.parametrize("p", [0, 1.0])
+def test_the_layer_takes_either_end(p, generator):
+    """As `nn.Dropout` does; with 0 it draws nothing."""
+    layer, x, state = Dropout(p), make((2, 8, 4, 4), torch.float32, generator), torch.get_rng_state()
+    assert torch.equal(layer(x), (1 - p) * x) and (p or torch.equal(torch.get_rng_state(), state))
+
+
 def test_the_network_trains_through_it(generator):
     """Each residual block with a mask of its own: what it drops has no gradient."""
     config = UNetConfig((8,), (False,), (False,), sample_size=8, norm_num_groups=4, dropout=0.5)

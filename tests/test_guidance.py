@@ -227,6 +227,35 @@ def test_algorithm_2(prediction):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_a_classifier_s_gradient_within_inference_mode(method):
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 1))
+    times = torch.nn.Embedding(SCHEDULE.T, 1)
+
+    def gradient(x, t):
+        assert not torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((classifier(x) * times(t)).sum(), x)[0]
+
+    sampler = Sampler(network, SCHEDULE, method=method, num_steps=4)
+    expected = sampler(x_T=start(), cond_fn=gradient)
+    with torch.inference_mode():
+        assert torch.equal(sampler(x_T=start(), cond_fn=gradient), expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "match"),
+    [
+        (1, TypeError, "class_labels must be an int64 Tensor, got int"),
+        (torch.tensor(1), ValueError, r"class_labels must have shape \(1,\), one an image, got \(\)"),
+    ],
+)
+def test_labels_that_are_no_batch_are_named(labels, error, match):
+    with pytest.raises(error, match=match):
+        Sampler(unet(), SCHEDULE)(class_labels=labels)
+
+
 def test_a_classifier_beside_a_scale():
     """The classifier's gradient moves what the scale has made."""
     sampler = Sampler(Described(), SCHEDULE, method="ddim", num_steps=4)

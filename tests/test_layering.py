@@ -11,7 +11,7 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 
 # Each room may import those before it (and a folder's files each other).
 ORDER = (
-    {"schedule", "reference"},
+    {"schedule", "reference", "unet_config"},
     {"ops._triton"},
     {"ops"},
     {"convolution"},
@@ -24,7 +24,7 @@ ORDER = (
     {"sampler"},
     {"likelihood"},
     {"files"},
-    {"checkpoint", "generate", "info", "pictures"},
+    {"checkpoint", "info", "pictures"},
     {"training"},
     {"compat"},
     {"bench"},

@@ -17,7 +17,7 @@ from test_cli import call, tiny  # noqa: F401 a fixture
 from test_graph_safety import Refuse
 from test_losses import Net
 
-from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, losses, ops, steps
+from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, likelihood, losses, ops, steps
 from ddpm_fast.bench import plot
 from ddpm_fast.likelihood import bits_per_dim, interpolate, progressive
 from ddpm_fast.likelihood.reader import Reader
@@ -369,6 +369,9 @@ def never(*_):
     raise AssertionError("called")
 
 
+WITH_CLASSES = UNet(UNetConfig((8,), (False,), (False,), norm_num_groups=4, num_class_embeds=3)).eval()
+
+
 @pytest.mark.parametrize(
     ("given", "error", "match"),
     [
@@ -387,7 +390,17 @@ def never(*_):
             ValueError,
             "x0 must be on cpu",
         ),
-        ({"class_labels": torch.zeros(3)}, ValueError, "class_labels must be a Tensor of 2 entries"),
+        ({"model": WITH_CLASSES}, ValueError, r"the model needs class_labels, in \[0, 2\]"),
+        (
+            {"model": WITH_CLASSES, "class_labels": torch.tensor([0, 3])},
+            ValueError,
+            r"class_labels must be in \[0, 2\], got 3",
+        ),
+        (
+            {"class_labels": torch.zeros(3)},
+            ValueError,
+            r"class_labels must have shape \(2,\), one an image, got",
+        ),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
         ({"first_image": -1}, ValueError, "first_image must be in"),
@@ -417,7 +430,11 @@ def test_bad_input_is_named_before_the_model_runs(given, error, match):
         ({"lambdas": [0, math.inf]}, ValueError, r"lambdas\[1\] must be finite"),
         ({"num_steps": 5}, ValueError, r"num_steps must be in \[1, 4\], got 5"),
         ({"method": "euler"}, ValueError, "method='euler' is not known"),
-        ({"class_labels": torch.zeros(1)}, ValueError, "class_labels must be a Tensor of 2 entries"),
+        (
+            {"class_labels": torch.zeros(1)},
+            ValueError,
+            r"class_labels must have shape \(2,\), one an image, got",
+        ),
         ({"first_image": -1}, ValueError, "image_index must be at least 0"),
     ],
 )
@@ -512,6 +529,34 @@ def test_a_checkpoint_s_own_settings_and_images(monkeypatch, tmp_path, capsys, t
     tiles = whole[2:, 2:].reshape(3, 34, 5, 34, 3)[:, :32:4, :, :32:4].transpose(0, 2, 4, 1, 3)
     assert np.abs(tiles[:, 1:4] / 127.5 - 1 - mixed.clamp(-1, 1).numpy()).max() < 1.1 / 127.5
     assert np.array_equal(tiles[:, 0], pixels[:3]) and np.array_equal(tiles[:, 4], pixels[3:])
+
+
+def test_a_model_with_classes_is_told_the_images_own(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = UNetConfig((8,), (False,), (False,), sample_size=4, norm_num_groups=4, num_class_embeds=3)
+    model, schedule, labels = UNet(config).eval(), Schedule.linear(4), torch.tensor([2, 0, 1, 1])
+    checkpoint.save("model", model, schedule)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8)
+    np.savez("data.npz", arr_0=pixels, arr_1=labels.numpy())
+    np.savez("plain.npz", pixels)
+    x0 = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+    common = ("--checkpoint", "model", "--data", "data.npz")
+    assert call(monkeypatch, "bpd", *common, "--n", 4, "--json", "-", "--out", "a.png") == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = bits_per_dim(model, schedule, x0, class_labels=labels)
+    assert found["total"] == pytest.approx(expected.total.tolist(), rel=1e-4)
+    assert found["class_labels"] == labels.tolist()
+
+    given = []
+    monkeypatch.setattr(
+        likelihood, "interpolate", lambda *_, **options: given.append(options) or x0[:1, None]
+    )
+    assert call(monkeypatch, "interpolate", *common, "--n", 2, "--batch-size", 1) == 0
+    assert [options["class_labels"].tolist() for options in given] == [[2], [0]]
+    code = call(monkeypatch, "bpd", "--checkpoint", "model", "--data", "plain.npz", "--n", 1)
+    assert code.startswith("error: data: plain.npz must hold labels, or arr_1")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,16 @@ def test_points_in_blocks_are_the_network(bench, dtype, points, generator):
     assert found.is_contiguous() and found.dtype == dtype
 
 
+def test_where_points_are_not_taken_in_blocks(bench):
+    model, x, t = bench.EmbeddingMLP().eval(), torch.randn(3, 4, 2), torch.tensor(3).expand(4)
+    with torch.no_grad():
+        expected = torch.stack([model(each, t) for each in x])
+        torch.testing.assert_close(torch.vmap(lambda each: model(each, t))(x), expected)
+        torch.testing.assert_close(model(x, t), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x[0], t).dtype == torch.bfloat16
+
+
 def test_points_that_share_a_time_have_gradients(bench):
     model = bench.EmbeddingMLP()
     x, shared = torch.randn(5, 2), torch.tensor([7]).expand(5)

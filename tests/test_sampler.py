@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import types
 import weakref
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ddpm_fast import (
 )
 from ddpm_fast.bench.steps import overhead
 from ddpm_fast.convolution import can_pack
-from ddpm_fast.engine import Buffers, Network, advancing
+from ddpm_fast.engine import Buffers, Network, advancing, evaluating
 from ddpm_fast.noise import CounterNoise, TorchNoise
 from ddpm_fast.ops import _dispatch
 from ddpm_fast.sampler import _check_device
@@ -671,3 +672,23 @@ def test_bad_model_outputs_are_named():
         run(lambda x, t: x[:, :2])
     with pytest.raises(TypeError, match=r"out must be torch\.float32"):
         run(lambda x, t: x.double())
+
+
+def test_threads_evaluate_one_model():
+    """One that is done leaves it in eval mode for the other; the last puts back what was found."""
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1).eval())
+    begun, left, found = threading.Event(), threading.Event(), []
+
+    def second():
+        with evaluating(model):
+            begun.set()
+            left.wait(10)
+            found.append(any(part.training for part in model.modules()))
+
+    thread = threading.Thread(target=second)
+    with evaluating(model):
+        thread.start()
+        assert begun.wait(10)
+    left.set()
+    thread.join()
+    assert found == [False] and [part.training for part in model.modules()] == [True, True, False]

@@ -213,6 +213,32 @@ def test_times_by_the_second_moment_are_the_plain_loop(tmp_path, one_thread):
     assert not torch.equal(weight, torch.ones(16)) and int(sampler.counts.sum()) == 16 * 40
 
 
+def test_an_interrupted_update_leaves_nothing(tmp_path, monkeypatch, one_thread):
+    config = change(TINY, updates=3, accumulate=2, times="second_moment", log_every=3)
+    whole, broken = (trainer(config, tmp_path / name) for name in ("a", "b"))
+    with pytest.raises(RuntimeError, match="there is no loss yet"):
+        _ = broken.loss
+    broken._members.model.load_state_dict(whole._members.model.state_dict())
+    step, backward = broken._step, broken._step.backward
+    calls = []
+
+    def interrupted(*args, **given):
+        calls.append(backward(*args, **given))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(step, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(broken.updates())
+    monkeypatch.setattr(step, "backward", backward)
+    assert broken.update == 1 and list(broken.updates()) == [2, 3] and list(whole.updates()) == [1, 2, 3]
+    for a, b in zip(whole._members.model.parameters(), broken._members.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    whole._read()  # as the log does
+    assert torch.equal(whole.loss, broken.loss)
+
+
 CLASSES = dataclasses.replace(
     EVERYTHING,
     updates=20,

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from op_cases import check_error_rule
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-from ddpm_fast.unet import UNet, UNetConfig, timestep_embedding
+from ddpm_fast.unet import ResBlock, UNet, UNetConfig, timestep_embedding
 
 GOOGLE = {
     "attention_head_dim": None,
@@ -387,6 +388,17 @@ def test_untrained_network_predicts_zero(updown):
     zeros = {name for name, value in model.named_parameters() if "weight" in name and not value.any()}
     blocks = [name for name, _ in model.named_modules() if name.endswith((".conv2", ".to_out"))]
     assert zeros == {f"{name}.weight" for name in [*blocks, "conv_out"]}
+
+
+def test_blocks_may_be_wrapped():
+    """As for checkpoints of activations."""
+    model = random_unet(replace(SMALL, resblock_updown=True)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x, 5)
+    apply_activation_checkpointing(model, check_fn=lambda part: isinstance(part, ResBlock))
+    found = model(x, 5)
+    found.sum().backward()
+    assert torch.equal(found, expected)
 
 
 def test_every_parameter_gets_a_gradient():

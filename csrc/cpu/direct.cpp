@@ -71,12 +71,13 @@ PyObject* to_python(const Tensor& x) {
 
 // (x, skip, num_groups, weight, bias, eps, add, scale, shift, act, concat) -> y, or with concat (y, cat)
 PyObject* norm(PyObject* const* args) {
+  must_be_unwatched();  // first: a transform's tensors have no memory to look at
   const bool grad_mode = aoti_torch_grad_mode_is_enabled();
   const auto tensor = [&](int k) { return plain_tensor(args[k], grad_mode); };
   const OptionalTensor x = tensor(0), skip = tensor(1);
-  must(x && x->dim() >= 2 && PyFloat_Check(args[5]) && PyUnicode_Check(args[9]));
-  must_be_unwatched();
-  const int64_t batch = x->size(0), channels = x->size(1) + (skip && skip->dim() >= 2 ? skip->size(1) : 0);
+  must(x && x->dim() >= 2 && (!skip || skip->dim() == x->dim()));
+  must(PyFloat_Check(args[5]) && PyUnicode_Check(args[9]) && PyBool_Check(args[10]));
+  const int64_t batch = x->size(0), channels = x->size(1) + (skip ? skip->size(1) : 0);
   const auto operand = [&](int k, bool by_sample) {
     OptionalTensor values = tensor(k);
     if (values) {
@@ -91,7 +92,7 @@ PyObject* norm(PyObject* const* args) {
   must(call.eps >= 0);
   call.silu = PyUnicode_CompareWithASCIIString(args[9], "silu") == 0;
   must(call.silu || PyUnicode_CompareWithASCIIString(args[9], "none") == 0);
-  call.builds = PyObject_IsTrue(args[10]) == 1;
+  call.builds = args[10] == Py_True;
 
   GroupNormResult result;
   PyThreadState* const thread = PyEval_SaveThread();

@@ -1,7 +1,7 @@
 // The CPU kernels' interface: spans of memory and numbers, no torch.
 //
 // kernels.cpp is compiled once for each instruction set, each time into a table of functions; isa.cpp chooses
-// the table at load time. The ops (q_sample.cpp, ...) check arguments, split the work over threads and
+// the table at the first call. The ops (q_sample.cpp, ...) check arguments, split the work over threads and
 // call through the table.
 #pragma once
 

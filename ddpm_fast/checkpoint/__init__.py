@@ -27,7 +27,7 @@ from ..unet import UNet, UNetConfig
 from ._weights import build, directory, read_json, read_tensors
 from .diffusers import (
     VERSION,
-    _diffusers_views,
+    diffusers_views,
     load_diffusers,
     scheduler_config,
     share_diffusers,
@@ -172,7 +172,7 @@ def save_diffusers(
         (new / "scheduler").mkdir()
         files.write_json(new / "model_index.json", index)
         files.write_json(new / "unet" / "config.json", unet)
-        write_tensors(new / "unet" / "diffusion_pytorch_model.safetensors", _diffusers_views(model))
+        write_tensors(new / "unet" / "diffusion_pytorch_model.safetensors", diffusers_views(model))
         files.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
 
 

@@ -72,7 +72,7 @@ def load_diffusers(source: Any) -> tuple[UNet, Schedule, dict[str, Any]]:
         config, tensors, origin = unet.config, unet.state_dict(), type(unet).__name__
     schedule, settings = _convert_scheduler(scheduler)
     tensors = {_OLD_ATTENTION.sub(_modern, name): value for name, value in tensors.items()}
-    return build(_convert_unet(config), tensors, _diffusers_views, origin), schedule, settings
+    return build(_convert_unet(config), tensors, diffusers_views, origin), schedule, settings
 
 
 def share_diffusers(unet: Any) -> tuple[UNet, list[tuple[Tensor, Tensor]]]:
@@ -87,7 +87,7 @@ def share_diffusers(unet: Any) -> tuple[UNet, list[tuple[Tensor, Tensor]]]:
     Raises:
         ValueError: as `load_diffusers`.
     """
-    return share(_convert_unet(unet.config), unet.state_dict(), _diffusers_views, type(unet).__name__)
+    return share(_convert_unet(unet.config), unet.state_dict(), diffusers_views, type(unet).__name__)
 
 
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
@@ -97,7 +97,7 @@ def _modern(match: re.Match[str]) -> str:
     return {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[match[0]]
 
 
-def _diffusers_views(model: UNet) -> dict[str, Tensor]:
+def diffusers_views(model: UNet) -> dict[str, Tensor]:
     """The model's parameters under diffusers' names; the fused q, k and v as three views."""
     views = {}
     for name, value in model.state_dict().items():

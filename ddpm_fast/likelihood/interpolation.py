@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import ops, steps
 from ..engine import Model
+from ..guidance import as_labels
 from ..noise import CounterNoise
 from ..sampler import Progress, Sampler
 from ..schedule import Schedule, check_int, check_number
-from .reader import check_device, check_labels, check_schedule, told
+from .reader import check_device, check_schedule, told
 
 
 def interpolate(
@@ -79,7 +80,7 @@ def interpolate(
         variance=variance,
         clip=clip,
     )
-    check_labels(class_labels, len(a))
+    labels = as_labels(sampler.model, class_labels, len(a), a.device)
     seed = ops.as_seed(seed, len(a), a.device)
     image = ops.as_image_index(first_image, len(a), a.device)
 
@@ -90,7 +91,7 @@ def interpolate(
     weight = torch.tensor(weights, device=a.device).reshape(1, -1, *[1] * (a.dim() - 1))
     mixed = (1 - weight) * noised(a, 0) + weight * noised(b, 0 if same_noise else 1)
     count = len(weights)
-    labels = None if class_labels is None else class_labels.repeat_interleave(count, 0)
+    labels = None if labels is None else labels.repeat_interleave(count, 0)
     noise = CounterNoise(seed, image.repeat_interleave(count))
     x = sampler(x_T=mixed.flatten(0, 1), noise=noise, class_labels=labels, progress=progress)
     return x.unflatten(0, (len(a), count))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .. import ops
 from ..convolution import packing
 from ..engine import Model, Network, evaluating
+from ..guidance import as_labels
 from ..losses import bound_term, log_variances
 from ..reference import per_sample
 from ..sampler import Progress, Sampler
@@ -59,7 +60,7 @@ class Reader:
         low, high = (float(end) for end in x0.aminmax())
         if not (low >= -1 and high <= 1):
             raise ValueError(f"x0 must be in [-1, 1], as images are scaled, got [{low:g}, {high:g}]")
-        check_labels(class_labels, len(x0))
+        class_labels = as_labels(run.model, class_labels, len(x0), device)
         if not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress must be True, False or a function, got {type(progress).__name__}")
         self.x0, self.schedule, self.class_labels, self.progress = x0, schedule, class_labels, progress
@@ -137,13 +138,6 @@ def check_device(name: str, x: Tensor, model: Model) -> None:
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if parameter is not None and parameter.device != x.device:
         raise ValueError(f"{name} must be on {parameter.device}, where the model is, got {x.device}")
-
-
-def check_labels(class_labels: Any, batch: int) -> None:
-    if class_labels is not None and (
-        not isinstance(class_labels, Tensor) or class_labels.shape[:1] != (batch,)
-    ):
-        raise ValueError(f"class_labels must be a Tensor of {batch} entries, got {told(class_labels)}")
 
 
 def told(value: Any) -> str:

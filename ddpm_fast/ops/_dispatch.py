@@ -10,14 +10,13 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-Backend = Literal["native", "triton", "reference"]
 BACKENDS: tuple[str, ...] = ("native", "triton", "reference")
 
 LIBRARY = torch.library.Library("ddpm_fast", "DEF")
@@ -84,17 +83,17 @@ TRITON_INSTALLED: bool = find_spec("triton") is not None
 FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
-def _load_direct() -> Any:
-    """The compiled library as a Python module, whose functions go past PyTorch's dispatcher, or None.
+def _load_direct() -> tuple[Any, str | None]:
+    """The compiled library as a Python module, whose functions go past PyTorch's dispatcher; or None and why.
 
     They do not run where somebody wants to see the op: a mode, a transform, a tracer or a profiler.
     """
     if NATIVE_MISSING is not None:
-        return None
+        return None, "there is no library"
     try:
         direct = import_module("._C", __package__.rpartition(".")[0])
-    except ImportError:  # built without Python's headers
-        return None
+    except ImportError:
+        return None, "the library was built without Python's headers"
     watchers = (
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
@@ -102,10 +101,12 @@ def _load_direct() -> Any:
         torch._C._get_tracing_state,
         torch._C._autograd._profiler_enabled,
     )
-    return direct if direct.set_up(Tensor, torch.nn.Parameter, watchers) else None
+    if not direct.set_up(Tensor, torch.nn.Parameter, watchers):
+        return None, "torch is older than 2.14"
+    return direct, None
 
 
-_DIRECT: Any = _load_direct()
+_DIRECT, DIRECT_MISSING = _load_direct()
 
 
 def direct(name: str) -> Callable[..., Any]:
@@ -118,7 +119,7 @@ def direct(name: str) -> Callable[..., Any]:
 
 def goes_direct(backend: str | None) -> bool:
     """Whether `direct` may be asked: the native backend is not ruled out, and no compiler traces the call."""
-    named = backend or FORCED_BACKEND
+    named = backend if backend is not None else FORCED_BACKEND
     return (
         (named is None or named == "native")
         and not torch.compiler.is_compiling()
@@ -274,3 +275,9 @@ def choose(op: str, backend: str | None, x: Tensor) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {named!r} cannot run {op} here: {reason}")
     return named
+
+
+def runs_native(op: str, x: Tensor) -> bool:
+    """Whether `choose` without a name is "native"; for layers with another way, nothing is raised."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    return FORCED_BACKEND in (None, "native") and FASTEST.get((op, kind, x.dtype)) == "native"

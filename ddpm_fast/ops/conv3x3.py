@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_floating, describe
-from ._dispatch import LIBRARY, choose, define, differentiable
+from ._dispatch import LIBRARY, choose, define, differentiable, runs_native
+from ._packed import Operands, check_operands, check_packed_call, on_a_huge_page
 
 ALGORITHMS: dict[str, tuple[int, int]] = {
     "direct": (1, 1),
@@ -18,9 +19,6 @@ ALGORITHMS: dict[str, tuple[int, int]] = {
     "f4": (4, 4),
 }
 """By name, height and width of a tile of outputs."""
-
-
-Operands = dict[str, tuple[Tensor | None, tuple[int, ...]]]
 
 
 class PackedConv3x3(NamedTuple):
@@ -89,7 +87,7 @@ def conv3x3(
             f"weight must be (C_out, {x.shape[1]}, 3, 3) {x.dtype} on {x.device} for such an x, "
             f"got {describe(weight)}"
         )
-    _check_operands(x, _operands(x, weight.shape[0], bias, plus))
+    check_operands(x, _operands(x, weight.shape[0], bias, plus))
     run = differentiable("conv3x3", choose("conv3x3", backend, x), _reference, x, weight, bias, plus)
     return run(x, weight, bias, plus, down, across)
 
@@ -149,15 +147,6 @@ def conv3x3_packed(
     return run(x, packed.weight, bias, plus, packed.out_channels, down, across)
 
 
-def on_a_huge_page(floats: int) -> Tensor:
-    """Memory that starts with one, if it fills one; what lies before it is never touched, and takes none."""
-    page = 2**21 // 4
-    if floats < page:
-        return torch.empty(floats)
-    memory = torch.empty(floats + page)
-    return memory.narrow(0, -(memory.data_ptr() // 4) % page, floats)
-
-
 def _tile(algorithm: str) -> tuple[int, int]:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r} is not known; allowed: {', '.join(ALGORITHMS)}")
@@ -176,26 +165,6 @@ def _check_weight(weight: Tensor) -> None:
 
 def _operands(x: Tensor, out_channels: int, bias: Tensor | None, plus: Tensor | None) -> Operands:
     return {"bias": (bias, (out_channels,)), "plus": (plus, (x.shape[0], out_channels, *x.shape[2:]))}
-
-
-def _check_operands(x: Tensor, operands: Operands) -> None:
-    for name, (value, shape) in operands.items():
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-        if value.shape != shape or value.dtype != x.dtype or value.device != x.device:
-            raise ValueError(f"{name} must be {shape} {x.dtype} on {x.device}, got {describe(value)}")
-
-
-def check_packed_call(x: Tensor, operands: Operands, differentiable: str) -> None:
-    """What is given besides x and a packed weight, by name, with the shape that it must have."""
-    _check_operands(x, operands)
-    given = (x, *(value for value, _ in operands.values()))
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given):
-        raise ValueError(
-            f"an argument asks for a gradient, which a packed weight does not have: use {differentiable}"
-        )
 
 
 def _reference(x, weight, bias, plus, down, across):
@@ -245,7 +214,7 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     has_bias, has_plus = ctx.given
     d_plus = grad if has_plus else None
-    if choose("conv3x3", None, x) != "native":
+    if not runs_native("conv3x3", x):
         mask = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
         return *_eager_backward(grad, x, weight, mask), d_plus, None, None
     d_x = d_weight = d_bias = None

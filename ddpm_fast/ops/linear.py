@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import check_floating, describe
 from ._dispatch import LIBRARY, choose
-from .conv3x3 import check_packed_call, on_a_huge_page
+from ._packed import check_packed_call, on_a_huge_page
 
 
 class PackedLinear(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._dispatch import is_transformed
 from ..schedule import check_int
 
 __all__ = ["EmbeddingMLP", "MLPConfig", "picture"]
@@ -50,7 +51,7 @@ class EmbeddingMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if t.stride(0) == 0:  # one time for all points, as when sampling: its embeddings are biases
             shifts = [layer.bias + time(t[0]) for layer, time in zip(self.layers, self.times, strict=True)]
-            if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self._is_plain(x):
                 return self._by_blocks(x, shifts)
             for layer, shift in zip(self.layers, shifts, strict=True):
                 x = F.relu(F.linear(x, layer.weight, shift))
@@ -58,6 +59,17 @@ class EmbeddingMLP(nn.Module):
         for layer, time in zip(self.layers, self.times, strict=True):
             x = F.relu(layer(x) + time(t))
         return self.out(x)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether products may be written to memory that is there: (B, dim), and nobody would see others."""
+        return (
+            x.device.type == "cpu"
+            and x.shape[1:] == (self.out.out_features,)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not is_transformed()
+        )
 
     def _by_blocks(self, x: Tensor, shifts: list[Tensor]) -> Tensor:
         """The network on some points after the others, so that what its layers make stays in the cache."""

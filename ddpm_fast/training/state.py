@@ -3,7 +3,7 @@
     checkpoints/00001000/config.json, model.safetensors    as `checkpoint.save` writes them: the first average
                          training.json                     the update, the config, what it was trained on
                          training.safetensors              weights, the optimizer's state, other averages,
-                                              the losses by which times are drawn
+                                                           the losses by which times are drawn
 
 Of a model that is not a `UNet` there is no config.json. Nothing is a pickle.
 """

@@ -161,6 +161,7 @@ class Trainer:
         if self.processes.first:
             (self.out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self._unread: list[Tensor] = []  # loss and norm of the updates since the log's last line
+        self._last: Tensor | None = None  # the last of them, read or not
         self._losses: list[Tensor] = []  # of the samples of this update's parts
 
     @property
@@ -176,8 +177,14 @@ class Trainer:
 
     @property
     def loss(self) -> Tensor:
-        """The mean loss of the update before, 0-d, on the device; of this process's images."""
-        return self._unread[-1][0]
+        """The mean loss of the update before, 0-d, on the device; of this process's images.
+
+        Raises:
+            RuntimeError: before the first update.
+        """
+        if self._last is None:
+            raise RuntimeError("there is no loss yet: no update has been made")
+        return self._last[0]
 
     def fit(self) -> nn.Module:
         """Train to the config's last update; returns `model`.
@@ -220,10 +227,13 @@ class Trainer:
 
         It seeds torch's default generators, which what the model draws itself depends on.
         """
+        self._losses.clear()  # of an update that was interrupted, as its gradients
+        self._members.optimizer.zero_grad()
         for update, parts in self._batches(range(self.update, self.config.updates)):
             self._set_rate(update)
             self._draw_layers(update)
-            self._unread.append(torch.stack(self._descend(update, parts)))
+            self._last = torch.stack(self._descend(update, parts))
+            self._unread.append(self._last)
             for average in self._members.averages:
                 average.update(update)
             self.update = update + 1
@@ -354,13 +364,12 @@ class Trainer:
 
     def _compiles(self) -> bool:
         """Whether an update is one compiled graph."""
+        alone = self.processes.count == 1 and self.config.accumulate == 1
         if self.config.compile != "auto":
-            alone = self.processes.count == 1 and self.config.accumulate == 1
             if self.config.compile and not alone:
                 raise ValueError("compile=true is for one process, and a batch in one part")
             return bool(self.config.compile)
         small = isinstance(self._members.model, points.EmbeddingMLP) and self.device.type == "cpu"
-        alone = self.processes.count == 1 and self.config.accumulate == 1
         learns = self.config.times == "second_moment"
         return small and alone and not learns and _dispatch.NATIVE_MISSING is None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...losses import _log_likelihood
-from ...losses import _normal_cdf as approx_standard_normal_cdf
+from ...losses import log_likelihood
+from ...losses import normal_cdf as approx_standard_normal_cdf
 
 __all__ = ["approx_standard_normal_cdf", "discretized_gaussian_log_likelihood", "normal_kl"]
 
@@ -41,4 +41,4 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
         f"x, means and log_scales must have one shape, got {tuple(x.shape)}, {tuple(means.shape)} and "
         f"{tuple(log_scales.shape)}"
     )
-    return _log_likelihood(x, x - means, 2 * log_scales)
+    return log_likelihood(x, x - means, 2 * log_scales)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.diffusers import _diffusers_views, unet_config
+from ...checkpoint.diffusers import diffusers_views, unet_config
 from ...unet import UNet
 from . import Missing, Network, Peer, compiled, require
 
@@ -26,7 +26,7 @@ def unet(model: UNet) -> nn.Module:
     weight = model.conv_in.weight
     with weight.device:
         twin = UNet2DModel.from_config(unet_config(model.config))
-    twin.load_state_dict(_diffusers_views(model))
+    twin.load_state_dict(diffusers_views(model))
     return twin.train(model.training)
 
 
