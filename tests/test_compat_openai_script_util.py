@@ -179,9 +179,9 @@ def test_channel_mult():
     flags = guided.model_and_diffusion_defaults() | {"image_size": 32, "num_channels": 32}
     model, _ = guided.create_model_and_diffusion(**flags | {"channel_mult": "1,3"})
     assert model.channel_mult == (1, 3)
-    with pytest.raises(ValueError, match="unsupported image size: 32; allowed: 64, 128, 256, 512"):
+    with pytest.raises(ValueError, match="size: 32; allowed: 64, 128, 256, 512, or any, where"):
         guided.create_model_and_diffusion(**flags)
-    with pytest.raises(ValueError, match="unsupported image size: 128; allowed: 32, 64, 256"):
+    with pytest.raises(ValueError, match=r"unsupported image size: 128; allowed: 32, 64, 256$"):
         improved.create_model_and_diffusion(**improved.model_and_diffusion_defaults() | {"image_size": 128})
 
 
