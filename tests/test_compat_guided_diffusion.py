@@ -24,6 +24,7 @@ from ddpm_fast.compat.guided_diffusion import (
     ModelMeanType,
     ModelVarType,
     SpacedDiffusion,
+    UNetModel,
     get_named_beta_schedule,
     segmentation,
     space_timesteps,
@@ -485,6 +486,14 @@ def test_a_model_of_ours_takes_its_place(T, rescale, in_sampler):
     learned = build(T, spacing="7", var="LEARNED")
     with pytest.raises(AssertionError, match="the model must return"):
         learned.p_sample_loop(Theirs(fast).eval(), shape, model_kwargs=labels)
+
+
+@pytest.mark.parametrize("y", [None, torch.tensor([1])])
+def test_labels_that_do_not_fit_are_refused_as_by_the_model(y):
+    model = UNetModel(8, 3, 32, 3, 1, (), channel_mult=(1,), num_classes=3).eval()
+    for loop in ("p_sample_loop", "ddim_sample_loop"):
+        with pytest.raises(AssertionError, match="y must"):
+            getattr(build(spacing="2"), loop)(model, (2, 3, 8, 8), model_kwargs={"y": y})
 
 
 def sections(T, counts):
