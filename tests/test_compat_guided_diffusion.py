@@ -444,6 +444,14 @@ def test_what_sampler_cannot_do_runs_in_the_loop(in_sampler):
     assert in_sampler[-1]
 
 
+@pytest.mark.parametrize("name", ["q_posterior_mean_variance", "_predict_xstart_from_eps"])
+def test_a_method_that_no_step_would_call_is_refused(name):
+    own = type("Own", (SpacedDiffusion,), {name: lambda self, *args, **kwargs: None})
+    given = {"model_mean_type": ModelMeanType.EPSILON, "model_var_type": ModelVarType.FIXED_SMALL}
+    with pytest.raises(TypeError, match=f"Own has a {name} of its own.*override p_mean_variance"):
+        own(range(5), betas=[0.1] * 5, loss_type=LossType.MSE, **given)
+
+
 def test_a_step_may_be_changed_under_way():
     mine, seen = build(spacing="5"), []
     for out in mine.p_sample_loop_progressive(lambda x, t: seen.append(x) or x, SHAPE, device="cpu"):
