@@ -444,6 +444,13 @@ def test_what_sampler_cannot_do_runs_in_the_loop(in_sampler):
     assert in_sampler[-1]
 
 
+def test_a_floating_t_is_no_index():
+    mine, x, t = build(of=guided), torch.zeros(SHAPE), torch.full(SHAPE[:1], 2.5)
+    for method in (mine.q_sample, mine.q_mean_variance, lambda x, t: mine.training_losses(None, x, t)):
+        with pytest.raises(IndexError, match="t must be of integers, got"):
+            method(x, t)
+
+
 @pytest.mark.parametrize("name", ["q_posterior_mean_variance", "_predict_xstart_from_eps"])
 def test_a_method_that_no_step_would_call_is_refused(name):
     own = type("Own", (SpacedDiffusion,), {name: lambda self, *args, **kwargs: None})

@@ -282,7 +282,9 @@ def floating(x: Tensor) -> Tensor:
 
 
 def index(t: Tensor, x: Tensor) -> Tensor:
-    """t as an op takes it: int64 (B,)."""
+    """t as an op takes it: int64 (B,). IndexError for a floating one, as by an array there."""
+    if t.is_floating_point():
+        raise IndexError(f"t must be of integers, got {t.dtype}")
     return t.long() if len(t) == len(x) else t.long().expand(len(x)).contiguous()
 
 
