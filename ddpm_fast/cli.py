@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from . import checkpoint, pictures
 from .info import info as gather_info
@@ -50,6 +51,9 @@ def sample(
     seed: Annotated[int, _option("64 bits; image k of a seed is always the same; default: 0.")] = 0,
     first_image: Annotated[int, _option("Index of the first image; default: 0.")] = 0,
     batch: Annotated[int, _option("Images at a time; default: 64.")] = 64,
+    class_labels: Annotated[
+        str | None, _option("Of a model with classes, in turn: 3, or 0,1,2. Image k has always the same.")
+    ] = None,
     device: Device = None,
     out: Annotated[Path | None, _option("Default: samples.png, samples/ or samples.npz.")] = None,
     form: Annotated[
@@ -66,6 +70,7 @@ def sample(
     for name, value, least in (("--n", n, 1), ("--batch", batch, 1), ("--first-image", first_image, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    labels = None if class_labels is None else _labels(class_labels)
     out = Path(DEFAULT_OUT[form]) if out is None else out
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -78,8 +83,9 @@ def sample(
     start = time.perf_counter()
     images = []
     for first in range(0, n, batch):
-        size = min(batch, n - first)
-        x = sampler(size, seed=seed, first_image=first_image + first, progress=True)
+        size, index = min(batch, n - first), first_image + first
+        chosen = None if labels is None else labels[torch.arange(index, index + size) % len(labels)]
+        x = sampler(size, seed=seed, first_image=index, class_labels=chosen, progress=True)
         images.append(to_uint8(x).cpu())
     seconds = time.perf_counter() - start
     pictures.write(torch.cat(images), out, form, first_image)
@@ -278,6 +284,13 @@ def _settings(settings: dict[str, Any], method: str | None) -> dict[str, Any]:
     if method is None or method == settings.get("method", "ddpm"):
         return settings
     return checkpoint.of_model(settings) | {"method": method}
+
+
+def _labels(text: str) -> Tensor:
+    try:
+        return torch.tensor([int(label) for label in text.split(",")])
+    except ValueError:
+        raise ValueError(f"--class-labels must be integers such as 3 or 0,1,2, got {text!r}") from None
 
 
 def _device(name: str | None) -> torch.device:

@@ -82,6 +82,7 @@ DDPM = {"method": "ddpm", "prediction": "epsilon", "clip": 1.0, "variance": "fix
         ({}, DDPM),
         ({"sigma_small": True}, DDPM | {"variance": "fixed_small"}),
         ({"predict_xstart": True, "use_kl": True}, DDPM | {"prediction": "x0"}),
+        ({"clip_denoised": False}, DDPM | {"clip": None}),
         ({"timestep_respacing": "250"}, DDPM | {"spacing": "250"}),
         (
             {"timestep_respacing": "ddim25", "use_ddim": True},
@@ -123,6 +124,13 @@ def test_openai_schedules(tmp_path):
         (ValueError, {"num_channels": 64}, "do not fit the config.*input_blocks.0.0.weight"),
         (ValueError, {"resblock_updown": True}, "missing: input_blocks.2.0.emb_layers.1.bias"),
         (TypeError, {"diffusion_steps": "4000"}, "diffusion_steps must be an integer"),
+        (TypeError, {"num_channels": "32"}, "num_channels must be an integer, got '32'"),
+        (TypeError, {"predict_xstart": "False"}, "predict_xstart must be True or False, got 'False'"),
+        (TypeError, {"rescale_timesteps": 0}, "rescale_timesteps must be True or False, got 0"),
+        (TypeError, {"channel_mult": (1, 2)}, r"channel_mult must be a string, got \(1, 2\)"),
+        (ValueError, {"channel_mult": "1,x"}, "channel_mult must be positive integers such as .*got '1,x'"),
+        (ValueError, {"attention_resolutions": "0"}, "attention_resolutions must be positive .*got '0'"),
+        (ValueError, {"timestep_respacing": "ddim700"}, "no integer stride takes exactly 700 of 1000"),
     ],
 )
 def test_openai_errors(tmp_path, error, flags, message):
@@ -245,6 +253,19 @@ def test_files_of_something_else(tmp_path, name):
         file = saved(tmp_path, {"weight": torch.zeros(1000)})
         file.write_bytes(file.read_bytes()[:-100])
         load(file)
+
+
+def test_weights_of_a_wrapped_model(tmp_path):
+    openai(weights := Weights(), X, T, **OPENAI)
+    wrapped = {f"module.{name}": value for name, value in weights.items()}
+    check(
+        load_openai(saved(tmp_path, wrapped), **FLAGS)[0],
+        lambda w, x, t: openai(w, x, t, **OPENAI),
+        weights,
+        T,
+    )
+    with pytest.raises(ValueError, match="must hold a dict of tensors by name"):
+        load_openai(saved(tmp_path, {3: torch.zeros(1)}), **FLAGS)
 
 
 def test_misfits_are_named(tmp_path):

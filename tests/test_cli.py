@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, cli, pictures
+from ddpm_fast import Sampler, Schedule, UNet, UNetConfig, checkpoint, cli, pictures, to_uint8
 from ddpm_fast.steps import ddpm
 
 
@@ -94,6 +94,25 @@ def test_image_k_does_not_depend_on_the_run(monkeypatch, tmp_path, tiny):
     assert [f.name for f in files] == [f"{k:06}.png" for k in range(7)]
     pixels = np.stack([np.asarray(Image.open(f)) for f in files]).astype(int)
     assert np.abs(pixels - whole).max() <= 1
+
+
+def test_a_model_with_classes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = UNetConfig((8,), (False,), (False,), sample_size=4, norm_num_groups=4, num_class_embeds=3)
+    model, schedule = UNet(config).eval(), Schedule.linear(4)
+    checkpoint.save("model", model, schedule)
+    run = ("sample", "--checkpoint", "model", "--n", 5, "--first-image", 1, "--out", "a.npz")
+    assert call(monkeypatch, *run, "--batch", 2, "--class-labels", "2,0,1") == 0
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    expected = to_uint8(Sampler(model, schedule)(5, first_image=1, class_labels=labels)).permute(0, 2, 3, 1)
+    assert np.abs(np.load("a.npz")["arr_0"].astype(int) - expected.numpy()).max() <= 1
+    for given, words in (
+        ((), "the model needs class_labels, in [0, 2]"),
+        (("--class-labels", "3"), "class_labels must be in [0, 2], got 3"),
+        (("--class-labels", "a"), "--class-labels must be integers such as 3 or 0,1,2, got 'a'"),
+    ):
+        assert words in call(monkeypatch, *run, *given)
 
 
 def test_saved_settings_are_kept(monkeypatch, tmp_path, tiny):

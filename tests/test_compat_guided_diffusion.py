@@ -24,6 +24,7 @@ from ddpm_fast.compat.guided_diffusion import (
     ModelMeanType,
     ModelVarType,
     SpacedDiffusion,
+    UNetModel,
     get_named_beta_schedule,
     segmentation,
     space_timesteps,
@@ -443,6 +444,21 @@ def test_what_sampler_cannot_do_runs_in_the_loop(in_sampler):
     assert in_sampler[-1]
 
 
+def test_a_floating_t_is_no_index():
+    mine, x, t = build(of=guided), torch.zeros(SHAPE), torch.full(SHAPE[:1], 2.5)
+    for method in (mine.q_sample, mine.q_mean_variance, lambda x, t: mine.training_losses(None, x, t)):
+        with pytest.raises(IndexError, match="t must be of integers, got"):
+            method(x, t)
+
+
+@pytest.mark.parametrize("name", ["q_posterior_mean_variance", "_predict_xstart_from_eps"])
+def test_a_method_that_no_step_would_call_is_refused(name):
+    own = type("Own", (SpacedDiffusion,), {name: lambda self, *args, **kwargs: None})
+    given = {"model_mean_type": ModelMeanType.EPSILON, "model_var_type": ModelVarType.FIXED_SMALL}
+    with pytest.raises(TypeError, match=f"Own has a {name} of its own.*override p_mean_variance"):
+        own(range(5), betas=[0.1] * 5, loss_type=LossType.MSE, **given)
+
+
 def test_a_step_may_be_changed_under_way():
     mine, seen = build(spacing="5"), []
     for out in mine.p_sample_loop_progressive(lambda x, t: seen.append(x) or x, SHAPE, device="cpu"):
@@ -485,6 +501,14 @@ def test_a_model_of_ours_takes_its_place(T, rescale, in_sampler):
     learned = build(T, spacing="7", var="LEARNED")
     with pytest.raises(AssertionError, match="the model must return"):
         learned.p_sample_loop(Theirs(fast).eval(), shape, model_kwargs=labels)
+
+
+@pytest.mark.parametrize("y", [None, torch.tensor([1])])
+def test_labels_that_do_not_fit_are_refused_as_by_the_model(y):
+    model = UNetModel(8, 3, 32, 3, 1, (), channel_mult=(1,), num_classes=3).eval()
+    for loop in ("p_sample_loop", "ddim_sample_loop"):
+        with pytest.raises(AssertionError, match="y must"):
+            getattr(build(spacing="2"), loop)(model, (2, 3, 8, 8), model_kwargs={"y": y})
 
 
 def sections(T, counts):

@@ -117,8 +117,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def only_tensors(found: Any, file: Path) -> dict[str, Tensor]:
-    if not (isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())):
+    """A dict of tensors by name, as one of the model itself where it is one of torch's parallel wrapper."""
+    if not (
+        isinstance(found, dict)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+    ):
         raise ValueError(f"{file} must hold a dict of tensors by name and nothing else")
+    if all(name.startswith("module.") for name in found):
+        return {name.removeprefix("module."): value for name, value in found.items()}
     return found
 
 

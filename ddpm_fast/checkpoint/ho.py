@@ -39,7 +39,7 @@ def load_ho(
     found = read_file(path)
     if isinstance(found, list) and found:  # weights, optimizer, epoch, step, and maybe averaged weights
         found = found[4] if len(found) > 4 else found[0]
-    tensors = {name.removeprefix("module."): value for name, value in only_tensors(found, path).items()}
+    tensors = only_tensors(found, path)
     config = _config(tensors, image_size, path)
     model = build(config, tensors, lambda model: renamed(model, _names(model.config), 2), path)
     if variance is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import Schedule, check_int
+from ..steps import space_timesteps
 from ..unet import UNet, UNetConfig
 from ._weights import below, build, check_fit, read_tensors, renamed, share
 
@@ -50,6 +51,7 @@ _FLAGS = {
     "timestep_respacing": "",
     "predict_xstart": False,
     "rescale_timesteps": None,
+    "clip_denoised": True,
     "use_ddim": False,
 }
 """Those that an image depends on, with the scripts' defaults."""
@@ -82,7 +84,7 @@ def load_openai(path: str | os.PathLike[str], **flags: Any) -> tuple[UNet, Sched
         within); its schedule, in float64; the sampler settings, for ``Sampler(model, schedule, **settings)``.
 
     Raises:
-        TypeError: a flag that is none of the script's.
+        TypeError: a flag that is none of the script's, or not of its type.
         ValueError: a flag's value that is not allowed, or that our `UNet` has no equal for (different heads
             on the way up); weights that do not fit the flags; a damaged file; a pickle that would run code.
         FileNotFoundError: no such file.
@@ -91,12 +93,15 @@ def load_openai(path: str | os.PathLike[str], **flags: Any) -> tuple[UNet, Sched
     if unknown := sorted(flags.keys() - known):
         raise TypeError(f"load_openai got {', '.join(unknown)}; flags of image_sample.py: {sorted(known)}")
     flags = _FLAGS | flags
+    _check_types(flags)
     T = check_int("diffusion_steps", flags["diffusion_steps"], 1)
     if flags["rescale_timesteps"] is None and T != 1000:
         raise ValueError(
             f"rescale_timesteps must be given with diffusion_steps={T}: the default is True in "
             "improved-diffusion's scripts and False in guided-diffusion's"
         )
+    if flags["timestep_respacing"]:
+        space_timesteps(T, flags["timestep_respacing"])  # refuses what it cannot be
     schedule, settings, config = _schedule(T, flags["noise_schedule"]), _settings(flags), _config(flags)
     tensors = read_tensors(Path(path))
     with torch.device("meta"):
@@ -119,22 +124,31 @@ def share_openai(
 
 
 def channel_mult_of(
-    image_size: int, widths: Mapping[int, tuple[float, ...]], given: str = ""
+    image_size: int, widths: Mapping[int, tuple[float, ...]], given: str | None = None
 ) -> tuple[float, ...]:
-    """As ``given``, "1,2,2" say, or by the size of the images. ValueError: one that is not in ``widths``."""
+    """As ``given``, "1,2,2" say, or by the size of the images. ValueError: one that is not in ``widths``.
+
+    None: where there is no such flag.
+    """
     if given:
-        return tuple(int(factor) for factor in given.split(","))
+        return tuple(_numbers("channel_mult", given))
     if image_size not in widths:
         sizes = ", ".join(map(str, sorted(widths)))
-        raise ValueError(
-            f"unsupported image size: {image_size}; allowed: {sizes}, or any, where there is a channel_mult"
-        )
+        any_other = "" if given is None else ", or any, where there is a channel_mult"
+        raise ValueError(f"unsupported image size: {image_size}; allowed: {sizes}{any_other}")
     return widths[image_size]
 
 
 def downsampling_rates(image_size: int, resolutions: str) -> tuple[int, ...]:
     """By how much an image is smaller at these sides, "16,8" say."""
-    return tuple(image_size // int(side) for side in resolutions.split(","))
+    return tuple(image_size // side for side in _numbers("attention_resolutions", resolutions))
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} must be positive integers such as '16,8', got {text!r}")
+    return [int(part) for part in parts]
 
 
 def config_of(
@@ -214,6 +228,19 @@ def _config(flags: Mapping[str, Any]) -> UNetConfig:
     )
 
 
+def _check_types(flags: Mapping[str, Any]) -> None:
+    """A string of a command line is not what it says: "False" would be true."""
+    for name, default in _FLAGS.items():
+        value = flags[name]
+        if isinstance(default, bool) or name == "rescale_timesteps":
+            if not isinstance(value, bool) and not (default is None and value is None):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        elif isinstance(default, int):
+            check_int(name, value, -1)
+        elif isinstance(default, str) and name != "timestep_respacing" and not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, got {value!r}")
+
+
 def _schedule(T: int, name: str) -> Schedule:
     if name == "linear":
         return Schedule.linear(T, 1e-4 * 1000 / T, 0.02 * 1000 / T)
@@ -227,7 +254,7 @@ def _settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         "method": "ddim" if flags["use_ddim"] else "ddpm",
         "prediction": "x0" if flags["predict_xstart"] else "epsilon",
-        "clip": 1.0,
+        "clip": 1.0 if flags["clip_denoised"] else None,
         "variance": "learned_range" if flags["learn_sigma"] else fixed,
     }
     if flags["use_ddim"]:

@@ -1,5 +1,9 @@
-"""OpenAI's guided-diffusion, faster: import from here in place of ``guided_diffusion``, whose modules' names
-these have too (``gaussian_diffusion``, ``respace``, ``resample``, ``losses``, ``nn``)."""
+"""OpenAI's guided-diffusion, faster: import from here in place of ``guided_diffusion``.
+
+The modules have their names there: ``gaussian_diffusion``, ``respace``, ``resample``, ``losses``, ``nn``,
+``unet`` and ``script_util``. What scripts run with stays theirs: ``dist_util``, ``logger``,
+``image_datasets``, ``fp16_util``, ``train_util``.
+"""
 
 from . import gaussian_diffusion, losses, nn, resample, respace, script_util, unet
 from .gaussian_diffusion import (

@@ -65,7 +65,7 @@ class GaussianDiffusion(Bound):
     In all of them x is (B, C, ...) floating and t (B,) integer, 0 the least noise. Computed in float32, or in
     float64 for float64 x. A step is one pass of `ops.posterior_step` unless a function that is given has to
     see what lies between. A subclass's own ``p_mean_variance``, ``_vb_terms_bpd``, steps and loops are called
-    by the others; its own ``q_posterior_mean_variance`` and ``_predict_*`` by none.
+    by the others; its own ``q_posterior_mean_variance`` or ``_predict_*`` would not be, and is refused.
 
     Args:
         betas: (T,), in (0, 1]; 1 as the last only.
@@ -79,6 +79,7 @@ class GaussianDiffusion(Bound):
 
     Raises:
         AssertionError: betas are not 1-D, or not in (0, 1].
+        TypeError: a subclass with a method that no step would call.
         ValueError: no betas, or a 1 that is not the last.
     """
 

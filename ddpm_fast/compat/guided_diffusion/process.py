@@ -28,6 +28,13 @@ _PREDICTIONS = {
     ModelMeanType.EPSILON: "epsilon",
 }
 _LEARNED = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+_WITHIN_A_STEP = (
+    "q_posterior_mean_variance",
+    "_predict_xstart_from_eps",
+    "_predict_xstart_from_xprev",
+    "_predict_eps_from_xstart",
+)
+"""What a step computes in one pass, without a call of these."""
 _ARRAYS = (
     "betas",
     "alphas_cumprod",
@@ -61,6 +68,12 @@ class Process:
         loss_type: LossType,
         rescale_timesteps: bool = False,
     ) -> None:
+        for name in _WITHIN_A_STEP:
+            if not self._is_ours(name):
+                raise TypeError(
+                    f"{type(self).__name__} has a {name} of its own, which no step would call: "
+                    "override p_mean_variance"
+                )
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
@@ -269,7 +282,9 @@ def floating(x: Tensor) -> Tensor:
 
 
 def index(t: Tensor, x: Tensor) -> Tensor:
-    """t as an op takes it: int64 (B,)."""
+    """t as an op takes it: int64 (B,). IndexError for a floating one, as by an array there."""
+    if t.is_floating_point():
+        raise IndexError(f"t must be of integers, got {t.dtype}")
     return t.long() if len(t) == len(x) else t.long().expand(len(x)).contiguous()
 
 

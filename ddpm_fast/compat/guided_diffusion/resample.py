@@ -53,7 +53,11 @@ class UniformSampler(ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """One that learns from the losses, and stays the same in every process."""
+    """One that learns from the losses, and stays the same in every process.
+
+    ``guided_diffusion.train_util.TrainLoop`` gives losses to its own `LossAwareSampler` only, unless it is
+    told of this one: ``guided_diffusion.resample.LossAwareSampler.register(LossAwareSampler)``.
+    """
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
         """Take this process's t (B,) and losses (B,), with those of all others; B may differ between them."""

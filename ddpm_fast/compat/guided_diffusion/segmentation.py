@@ -59,8 +59,9 @@ class GaussianDiffusion(guided.GaussianDiffusion):
         args, kwargs: see `guided_diffusion.GaussianDiffusion`, or `SpacedDiffusion`.
 
     Attributes:
-        strict: True returns of DPM-Solver what the fork returns: what the network makes of the sample at the
-            last noise level, in place of the sample. False returns the sample.
+        strict: True, as it begins: with ``dpm_solver`` a run returns what the fork's returns, which is not
+            the sample, but the noise that the network sees in it at the last noise level. Set it to False
+            for the sample.
     """
 
     strict: bool = True
@@ -152,8 +153,8 @@ class GaussianDiffusion(guided.GaussianDiffusion):
             org, noise, conditioner, classifier: no meaning.
 
         Returns:
-            The sample (B, 1, H, W), of DPM-Solver with mean 0 and deviation 1 over the batch; the start; the
-            image; the last ``cal``; and both masks as one, in [0, 1].
+            The sample (B, 1, H, W), of DPM-Solver what ``strict`` says, with mean 0 and deviation 1 over the
+            batch; the start; the image; the last ``cal``; and both masks as one, in [0, 1].
 
         Raises:
             ValueError: a ``cond_fn``; ``step`` out of range; DPM-Solver and a model of another kind than

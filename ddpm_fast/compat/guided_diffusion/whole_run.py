@@ -45,7 +45,7 @@ def sample(
     times, labels = np.arange(len(rows)), None
     network = None
     if diffusion._is_ours("_wrap_model"):
-        network = _own_network(model, kwargs, x.shape[1] * (2 if diffusion._learned else 1))
+        network = _own_network(model, kwargs, len(x), x.shape[1] * (2 if diffusion._learned else 1))
     if network is None:
         network = _called(model, lambda x, t: diffusion._evaluate(model, x, t, kwargs)[1])
     else:
@@ -76,12 +76,17 @@ def _is_plain(model: Callable[..., Any], x: Tensor) -> bool:
     return placed and not any(part.training for part in model.modules())
 
 
-def _own_network(model: Callable[..., Any], kwargs: dict[str, Any], channels: int) -> nn.Module | None:
-    """Ours on the model's weights, if there is one and it returns as many channels."""
+def _own_network(
+    model: Callable[..., Any], kwargs: dict[str, Any], batch: int, channels: int
+) -> nn.Module | None:
+    """Ours on the model's weights, if there is one; what does not fit is for the model itself to refuse."""
     convert = getattr(model, "as_ddpm_fast", None)
     network = convert() if convert is not None and set(kwargs) <= {"y"} else None
-    fits = not isinstance(network, UNet) or network.config.out_channels == channels
-    return network if fits else None
+    if not isinstance(network, UNet):
+        return network
+    y, has_classes = kwargs.get("y"), network.config.num_class_embeds is not None
+    labels_fit = y.shape == (batch,) and has_classes if y is not None else not has_classes
+    return network if labels_fit and network.config.out_channels == channels else None
 
 
 def _called(model: Callable[..., Any], call: Callable[..., Tensor]) -> Callable[..., Tensor]:

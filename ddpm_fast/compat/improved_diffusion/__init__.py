@@ -1,28 +1,26 @@
 """OpenAI's improved-diffusion, faster: import from here in place of ``improved_diffusion``.
 
-It is `ddpm_fast.compat.guided_diffusion` without classifier guidance: no method has a ``cond_fn``, and who
-gives arguments by position finds ``model_kwargs`` in its place.
+It is `ddpm_fast.compat.guided_diffusion`, by the same modules, without classifier guidance: no method has a
+``cond_fn``, and who gives arguments by position finds ``model_kwargs`` in its place.
 """
 
-from ..guided_diffusion import (
-    LossAwareSampler,
-    LossSecondMomentResampler,
+from . import gaussian_diffusion, losses, nn, resample, respace, script_util, unet
+from .gaussian_diffusion import (
+    GaussianDiffusion,
     LossType,
     ModelMeanType,
     ModelVarType,
+    betas_for_alpha_bar,
+    get_named_beta_schedule,
+)
+from .resample import (
+    LossAwareSampler,
+    LossSecondMomentResampler,
     ScheduleSampler,
     UniformSampler,
-    betas_for_alpha_bar,
     create_named_schedule_sampler,
-    get_named_beta_schedule,
-    losses,
-    nn,
-    resample,
-    space_timesteps,
 )
-from . import gaussian_diffusion, respace, script_util, unet
-from .gaussian_diffusion import GaussianDiffusion
-from .respace import SpacedDiffusion
+from .respace import SpacedDiffusion, space_timesteps
 from .script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
