@@ -158,8 +158,7 @@ class Classifier:
 
     def gradient(self, x: Tensor, t: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():  # a caller's mode would refuse a gradient
-            x, t = (value.clone() if value.is_inference() else value for value in (x.detach(), t))
-            gradient = self.cond_fn(x, t)
+            gradient = self.cond_fn(x.clone(), t.clone())  # which autograd may save, and cond_fn may change
         if not isinstance(gradient, Tensor) or gradient.shape != x.shape or not gradient.is_floating_point():
             given = type(gradient).__name__
             if isinstance(gradient, Tensor):

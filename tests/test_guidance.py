@@ -256,6 +256,12 @@ def test_labels_that_are_no_batch_are_named(labels, error, match):
         Sampler(unet(), SCHEDULE)(class_labels=labels)
 
 
+def test_a_classifier_may_write_to_its_x():
+    sampler = Sampler(network, SCHEDULE, num_steps=4)
+    expected = sampler(x_T=start(), cond_fn=lambda x, t: torch.zeros_like(x))
+    assert torch.equal(sampler(x_T=start(), cond_fn=lambda x, t: x.zero_()), expected)
+
+
 def test_a_classifier_beside_a_scale():
     """The classifier's gradient moves what the scale has made."""
     sampler = Sampler(Described(), SCHEDULE, method="ddim", num_steps=4)
