@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sanitized import FLAGS, RUNS, run_sanitized
 from torch import Tensor
 
 from ddpm_fast import ops, reference
@@ -502,16 +503,11 @@ void check_gradient(const Conv3x3Shape& s) {
 }
 
 int main() {
-#if defined(__AVX512F__)
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return 77;
+RUNS
 #if defined(__AMX_INT8__)
   unsigned a, b, c, d;
   const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
   if (!has || syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 77;
-#endif
-#elif defined(__AVX2__)
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 77;
 #endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
 #if defined(__AMX_INT8__)
@@ -533,38 +529,12 @@ int main() {
     }
   }
 }
-"""
-
-FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
-FLAGS["amx"] = [*FLAGS["avx512"], "-mamx-tile", "-mamx-int8"]
+""".replace("RUNS", RUNS)
 
 
 @pytest.mark.parametrize("isa", FLAGS)
 def test_under_address_sanitizer(isa, tmp_path):
-    if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"{isa} is an instruction set of x86-64")
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    program = tmp_path / "program"
-    sanitized = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
-    include = f"-I{ROOT / 'csrc' / 'cpu'}"
-    command = ["g++", "-std=c++20", *sanitized, *FLAGS[isa], include, "-include", "cstdlib"]
-    try:
-        probe = ["g++", *sanitized, *FLAGS[isa], "-x", "c++", "-", "-o", str(program)]
-        subprocess.run(probe, input="int main() {}", text=True, check=True, capture_output=True)
-        subprocess.run([program], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"g++ builds no program with AddressSanitizer for {isa}: {error}")
-    command += [str(tmp_path / "main.cpp"), "-o", str(program)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([program], capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"this processor does not run {isa}")
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    run_sanitized(PROGRAM, isa, tmp_path, "-O1")
 
 
 # ---- fingerprint ----

@@ -69,6 +69,7 @@ def test_what_is_not_plain_goes_to_the_op(x, generator):
         {"groups": 3},
         {"groups": 0},
         {"groups": 4.0},
+        {"groups": 2**70},
         {"eps": -1.0},
         {"eps": float("nan")},
         {"act": "gelu"},

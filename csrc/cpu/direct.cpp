@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <exception>
+#include <memory>
 
 #include "../common.h"
 #include "../layout.h"
@@ -19,6 +20,8 @@ namespace {
 AOTITorchError (*tensor_from_python)(void*, AtenTensorHandle*);
 AOTITorchError (*tensor_to_python)(AtenTensorHandle, void*, void**);
 PyObject *tensor_type, *parameter_type, *watchers, *requires_grad;
+
+using Owned = std::unique_ptr<PyObject, void (*)(PyObject*)>;
 
 struct NotPlain {};
 
@@ -58,9 +61,11 @@ OptionalTensor plain_tensor(PyObject* from, bool grad_mode) {
   return x;
 }
 
-int64_t whole_number(PyObject* from) {
+int64_t natural_number(PyObject* from) {
   must(PyLong_CheckExact(from));
-  return PyLong_AsLongLong(from);
+  const int64_t number = PyLong_AsLongLong(from);
+  must(number > 0);  // -1 says that it is too large
+  return number;
 }
 
 PyObject* to_python(const Tensor& x) {
@@ -86,13 +91,22 @@ PyObject* norm(PyObject* const* args) {
     }
     return values;
   };
-  GroupNormCall call{*x, skip, whole_number(args[2]), operand(3, false), operand(4, false)};
-  call.eps = PyFloat_AsDouble(args[5]);
-  call.add = operand(6, true), call.scale = operand(7, true), call.shift = operand(8, true);
-  must(call.eps >= 0);
-  call.silu = PyUnicode_CompareWithASCIIString(args[9], "silu") == 0;
-  must(call.silu || PyUnicode_CompareWithASCIIString(args[9], "none") == 0);
-  call.builds = args[10] == Py_True;
+  const double eps = PyFloat_AsDouble(args[5]);
+  must(eps >= 0);
+  const bool silu = PyUnicode_CompareWithASCIIString(args[9], "silu") == 0;
+  must(silu || PyUnicode_CompareWithASCIIString(args[9], "none") == 0);
+  const GroupNormCall call{
+      *x,
+      skip,
+      natural_number(args[2]),
+      operand(3, false),
+      operand(4, false),
+      eps,
+      operand(6, true),
+      operand(7, true),
+      operand(8, true),
+      silu,
+      args[10] == Py_True};
 
   GroupNormResult result;
   PyThreadState* const thread = PyEval_SaveThread();
@@ -103,12 +117,10 @@ PyObject* norm(PyObject* const* args) {
     throw;
   }
   PyEval_RestoreThread(thread);
-  PyObject* const y = to_python(*result.y);
-  if (!call.builds) return y;
-  PyObject* const both = to_python(*result.concat);
-  PyObject* const pair = PyTuple_Pack(2, y, both);
-  Py_DECREF(y), Py_DECREF(both);
-  return pair;
+  Owned y(to_python(*result.y), Py_DecRef);
+  if (!call.builds) return y.release();
+  const Owned both(to_python(*result.concat), Py_DecRef);
+  return PyTuple_Pack(2, y.get(), both.get());
 }
 
 PyObject* group_norm_silu(PyObject*, PyObject* const* args, Py_ssize_t count) {

@@ -2,7 +2,6 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #ifdef DDPM_FAST_AMX
 #include <cpuid.h>
@@ -29,6 +28,10 @@ bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 #endif
 
 #ifdef DDPM_FAST_AMX
@@ -47,26 +50,24 @@ bool runs_amx() {
 
 struct Candidate {
   const Kernels* kernels;
-  bool runs;
+  bool (*runs)();  // asked only if it may be chosen: a process has tiles for good
 };
 
-std::vector<Candidate> candidates() {  // the best first
-  return {
+// The best first.
+const Candidate kCandidates[] = {
 #ifdef DDPM_FAST_AMX
-      {&amx, runs_amx()},
+    {&amx, runs_amx},
 #endif
 #ifdef DDPM_FAST_X86_64
-      {&avx512, runs_avx512()},
-      {&avx2,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+    {&avx512, runs_avx512},
+    {&avx2, runs_avx2},
 #endif
-      {&baseline, true},
-  };
-}
+    {&baseline, [] { return true; }},
+};
 
 std::string built_for() {
   std::string names;
-  for (const Candidate& candidate : candidates()) {
+  for (const Candidate& candidate : kCandidates) {
     names += std::string(names.empty() ? "" : ", ") + candidate.kernels->isa;
   }
   return names;
@@ -75,11 +76,11 @@ std::string built_for() {
 const Kernels& choose() {
   const char* environment = std::getenv("DDPM_FAST_CPU");
   const std::string named = environment == nullptr ? "" : environment;
-  for (const Candidate& candidate : candidates()) {
-    if (named.empty() ? candidate.runs : named == candidate.kernels->isa) {
-      if (candidate.runs) return *candidate.kernels;
+  for (const Candidate& candidate : kCandidates) {
+    if (!named.empty() && named != candidate.kernels->isa) continue;
+    if (candidate.runs()) return *candidate.kernels;
+    if (!named.empty())
       throw std::runtime_error("DDPM_FAST_CPU=" + named + ": this processor does not run it");
-    }
   }
   throw std::invalid_argument("DDPM_FAST_CPU=" + named + " is not known; built for: " + built_for());
 }

@@ -93,7 +93,7 @@ void normal_each(
       high[k] = static_cast<uint32_t>(static_cast<uint64_t>(images[image]) >> 32);
       if (++quad == quads) quad = 0, ++image;
     }
-    Two c[4];
+    Two c[4] = {};
     for (int k = 0; k < 2; ++k) {
       c[1].of[k] = steps;
       for (int lane = 0; lane < kLanes; ++lane) {

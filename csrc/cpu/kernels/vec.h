@@ -9,7 +9,10 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic push  // gcc 12 warns of what its own intrinsics leave undefined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace ddpm_fast::cpu {
@@ -335,11 +338,13 @@ struct VectorMulHiLo {
     hi = bit_cast<UInt>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
     lo = bit_cast<UInt>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
 #else
+    UInt high = {}, low = {};
     for (int lane = 0; lane < kLanes; ++lane) {
       const uint64_t product = static_cast<uint64_t>(a) * b[lane];
-      hi[lane] = static_cast<uint32_t>(product >> 32);
-      lo[lane] = static_cast<uint32_t>(product);
+      high[lane] = static_cast<uint32_t>(product >> 32);
+      low[lane] = static_cast<uint32_t>(product);
     }
+    hi = high, lo = low;
 #endif
   }
 };
