@@ -197,7 +197,7 @@ def test_a_step_never_waits_for_the_device():
     sampler(x_T=x_T)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run = sampler._start(2, None, 0, 0, x_T, None, "counter", False)
+        run = sampler._start(2, None, 0, 0, x_T, None, "counter", False, *[None] * 4)
         with torch.inference_mode():
             for i in range(10):
                 run.step(i)

@@ -70,7 +70,7 @@ def test_a_run_asks_the_host_nothing(unet, kind, called, backend, monkeypatch, o
         model = learned(model)
     sampler = Sampler(model, SCHEDULE, num_steps=5, **RUNS[kind])
     with evaluating(model):
-        run = sampler._start(2, (3, 8, 8), 0, 0, None, None, "counter", False)
+        run = sampler._start(2, (3, 8, 8), 0, 0, None, None, "counter", False, *[None] * 4)
         with Refuse():
             for i in range(5):
                 run.step(i)
@@ -85,7 +85,7 @@ def test_the_step_that_is_captured_asks_the_host_nothing(unet, kind):
     inputs = []
     sampler._graphs.take = lambda buffers, *_: inputs.append(buffers)
     with evaluating(model):
-        run = sampler._start(2, (3, 8, 8), 0, 0, None, None, "counter", False)
+        run = sampler._start(2, (3, 8, 8), 0, 0, None, None, "counter", False, *[None] * 4)
         buffers = inputs[0].clone()
         advance = advancing(sampler._network.bind(buffers, sampler.clip), buffers, lambda: None)
         with Refuse():
