@@ -119,8 +119,7 @@ def create_model_and_diffusion(
     use_fp16,
     use_new_attention_order,
 ) -> tuple[UNetModel, SpacedDiffusion]:
-    flags = locals()
-    return create_model(**taken_by(create_model, flags)), _diffusion(flags)
+    return both(create_model, create_gaussian_diffusion, locals())
 
 
 def create_model(
@@ -185,8 +184,7 @@ def create_classifier_and_diffusion(
     rescale_timesteps,
     rescale_learned_sigmas,
 ) -> tuple[EncoderUNetModel, SpacedDiffusion]:
-    flags = locals()
-    return create_classifier(**taken_by(create_classifier, flags)), _diffusion(flags)
+    return both(create_classifier, create_gaussian_diffusion, locals())
 
 
 def create_classifier(
@@ -239,8 +237,7 @@ def sr_create_model_and_diffusion(
     resblock_updown,
     use_fp16,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
-    flags = locals()
-    return sr_create_model(**taken_by(sr_create_model, flags)), _diffusion(flags)
+    return both(sr_create_model, create_gaussian_diffusion, locals())
 
 
 def sr_create_model(
@@ -310,9 +307,12 @@ def diffusion_of(
 create_gaussian_diffusion = partial(diffusion_of, SpacedDiffusion)
 
 
-def _diffusion(flags: Mapping[str, Any]) -> SpacedDiffusion:
-    taken = taken_by(create_gaussian_diffusion, flags)
-    return create_gaussian_diffusion(steps=flags["diffusion_steps"], **taken)
+def both(
+    network: Callable[..., Any], diffusion: Callable[..., Any], flags: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """What the two functions make of a script's flags, each of those that it takes."""
+    steps = {"steps": flags["diffusion_steps"]}
+    return network(**taken_by(network, flags)), diffusion(**steps, **taken_by(diffusion, flags))
 
 
 def taken_by(function: Callable, flags: Mapping[str, Any]) -> dict[str, Any]:

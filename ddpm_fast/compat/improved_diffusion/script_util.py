@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from ...checkpoint.openai import CHANNEL_MULT, NUM_CLASSES, channel_mult_of, dow
 from ..guided_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
+    both,
     diffusion_of,
     str2bool,
     taken_by,
@@ -87,8 +87,7 @@ def create_model_and_diffusion(
     use_checkpoint,
     use_scale_shift_norm,
 ) -> tuple[UNetModel, SpacedDiffusion]:
-    flags = locals()
-    return create_model(**taken_by(create_model, flags)), _diffusion(flags)
+    return both(create_model, create_gaussian_diffusion, locals())
 
 
 def create_model(
@@ -142,8 +141,7 @@ def sr_create_model_and_diffusion(
     use_checkpoint,
     use_scale_shift_norm,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
-    flags = locals()
-    return sr_create_model(**taken_by(sr_create_model, flags)), _diffusion(flags)
+    return both(sr_create_model, create_gaussian_diffusion, locals())
 
 
 def sr_create_model(
@@ -178,8 +176,3 @@ def sr_create_model(
 
 
 create_gaussian_diffusion = partial(diffusion_of, SpacedDiffusion)
-
-
-def _diffusion(flags: Mapping[str, Any]) -> SpacedDiffusion:
-    taken = taken_by(create_gaussian_diffusion, flags)
-    return create_gaussian_diffusion(steps=flags["diffusion_steps"], **taken)

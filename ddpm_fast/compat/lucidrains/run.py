@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...noise import TorchNoise
+from ...noise import TorchNoise, default_generator
 from ...sampler import Sampler
 from ...steps import StepTable
 from ...unet import UNet
@@ -73,7 +73,7 @@ def denoise(
 
         return _sampler(diffusion).with_table(tables.last(run.table, len(run.steps) - taken))(
             x_T=img,
-            noise=TorchNoise(_default_generator(img.device), torch.float32),
+            noise=TorchNoise(default_generator(img.device), torch.float32),
             progress=counted,
             callback=None if kept is None else lambda i, t, x, x0: kept.append(x.clone()),
         )
@@ -132,11 +132,3 @@ def _sampler(diffusion: GaussianDiffusion) -> Sampler:
         sampler = Sampler(model if isinstance(model, UNet) else _Network(model), table)
         diffusion._sampler = model, sampler
     return sampler
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    return torch.cuda.default_generators[
-        torch.cuda.current_device() if device.index is None else device.index
-    ]
