@@ -249,19 +249,24 @@ def bench(
     threads: Annotated[int | None, _option("Of every arm; default: torch's.")] = None,
     rounds: Annotated[int | None, _option("Of every measurement; default: 5 to 30.")] = None,
     quick: Annotated[bool, _option("Small and few: to see that all of it runs.", "--quick")] = False,
+    network: Annotated[str, _option("ddpm-cifar10-32 | ddpm-celebahq-256.")] = "ddpm-cifar10-32",
     skip: Annotated[
         list[str] | None, _option("Leave out arms with this in their name, such as max-autotune; repeatable.")
     ] = None,
 ) -> None:
     """Time the ops, a step, sampling and training beside the peers that are installed."""
-    from .bench import suite  # loads much that no other command needs
+    from .bench import networks, suite  # loads much that no other command needs
 
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
     if rounds is not None and rounds < 2:
         raise ValueError(f"--rounds must be at least 2, got {rounds}")
+    if network not in networks.NETWORKS:
+        raise ValueError(f"--network {network!r} is not known; allowed: {', '.join(networks.NETWORKS)}")
     parts = suite.choose(group, only)
-    settings = suite.Settings(_device(device), rounds, quick, tuple(skip or ()), bar=True)
+    settings = suite.Settings(
+        device=_device(device), rounds=rounds, quick=quick, network=network, skip=tuple(skip or ()), bar=True
+    )
     if threads is not None:
         torch.set_num_threads(threads)
     command = shlex.join(["ddpm-fast", *sys.argv[1:]])

@@ -367,6 +367,7 @@ def test_a_gpu_s_part_is_asked_for_on_a_gpu_only():
     device = torch.device("cuda")
     assert sampling.batches(Settings(device)) == (1, 8, 64, 256)
     assert sampling.batches(Settings()) == (1, 8)
+    assert sampling.batches(Settings(network="ddpm-celebahq-256")) == (1,)
     assert max(b for b, *_ in ops._shapes(Settings(device))[0]) == 256
 
 
@@ -443,7 +444,7 @@ def test_growth_is_judged():
 
 def test_a_point(monkeypatch):
     """`test_the_whole_suite_runs_with_none_of_the_peers` runs it in a process of its own."""
-    point = growth.Point(2, 16, 3, "float32", "cpu", 1, True)
+    point = growth.Point(2, 16, 3, "float32", "cpu", 1, True, "ddpm-cifar10-32")
     found = growth.run(point)
     assert found["time"][1] > 0
     assert found["each"][1] == pytest.approx(found["time"][1] / 6)
@@ -470,6 +471,10 @@ def call(monkeypatch, capsys, *args):
     [
         (("networks",), "'networks' is no group of benchmarks; allowed: ops, steps, sampling, training"),
         (("ops", "--only", "waterfall"), "--only 'waterfall' is not known here; allowed: ops"),
+        (
+            ("ops", "--network", "cifar"),
+            "--network 'cifar' is not known; allowed: ddpm-cifar10-32, ddpm-celebahq-256",
+        ),
         (("--device", "gpu"), "--device 'gpu' cannot be used here"),
         (("--device", "meta"), "--device 'meta' is not measured; allowed: cpu, cuda"),
         (("--threads", 0), "--threads must be at least 1, got 0"),

@@ -20,7 +20,7 @@ import torch
 from ..sampler import Sampler
 from ..schedule import Schedule
 from .measure import quartiles
-from .networks import CIFAR, SMALL, network
+from .networks import config_of, network
 from .report import Column, Picture, Row, Table
 from .settings import Settings
 
@@ -56,6 +56,7 @@ class Point:
     device: str
     threads: int
     quick: bool
+    network: str
 
 
 def table(settings: Settings) -> Table:
@@ -89,7 +90,7 @@ def run(point: Point) -> Row:
     """
     torch.set_num_threads(point.threads)
     device = torch.device(point.device)
-    model = network(SMALL if point.quick else CIFAR).to(device)
+    model = network(config_of(Settings(quick=point.quick, network=point.network))).to(device)
     dtype = getattr(torch, point.dtype)
     sampler = Sampler(model, Schedule.linear(), method="ddim", num_steps=point.steps, dtype=dtype)
     shape = (point.batch, 3, point.size, point.size)
@@ -118,7 +119,7 @@ def _points(settings: Settings) -> list[tuple[str, Point]]:
     sweeps = [("batch", b, small, FEW_STEPS) for b in batches]
     sweeps += [("size", 1, size, FEW_STEPS) for size in sizes]
     sweeps += [("steps", 1, small, n) for n in steps]
-    rest = (str(settings.device), torch.get_num_threads(), settings.quick)
+    rest = (str(settings.device), torch.get_num_threads(), settings.quick, settings.network)
     dtypes = ("float32",) if settings.quick else ("float32", "bfloat16")
     return [
         (sweep, Point(batch, size, n, dtype, *rest))

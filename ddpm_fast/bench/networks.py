@@ -13,6 +13,7 @@ from ..convolution import Packs, can_pack, packing
 from ..replay import Replayed
 from ..unet import UNet, UNetConfig
 from .plain import plain_ops
+from .settings import Settings
 
 CIFAR = UNetConfig(
     block_out_channels=(128, 256, 256, 256),
@@ -21,6 +22,14 @@ CIFAR = UNetConfig(
     sample_size=32,
 )
 """google/ddpm-cifar10-32, which is Ho et al. 2020's for CIFAR-10."""
+
+CELEBA_HQ = UNetConfig(
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_attention=(False, False, False, False, True, False),
+    up_attention=(False, True, False, False, False, False),
+    sample_size=256,
+)
+"""google/ddpm-celebahq-256."""
 
 SMALL = UNetConfig(
     block_out_channels=(32, 64),
@@ -31,8 +40,16 @@ SMALL = UNetConfig(
 )
 """What --quick measures: every kind of layer, in a millisecond or two."""
 
+NETWORKS = {"ddpm-cifar10-32": CIFAR, "ddpm-celebahq-256": CELEBA_HQ}
+"""By their names at google's."""
+
 TIME = 500
 """The training time at which networks are called."""
+
+
+def config_of(settings: Settings) -> UNetConfig:
+    """Of the network that is asked for."""
+    return SMALL if settings.quick else NETWORKS[settings.network]
 
 
 def network(config: UNetConfig) -> UNet:

@@ -19,7 +19,7 @@ from ..stream import Request
 from ..unet import UNet
 from . import arms
 from .measure import Case, Run, Timing, measure
-from .networks import CIFAR, SMALL, TIME, network, ours
+from .networks import TIME, config_of, network, ours
 from .report import Column, Picture, Row, Table
 from .settings import Settings
 
@@ -50,15 +50,17 @@ LENGTHS = (10, 50)
 def batches(settings: Settings) -> tuple[int, ...]:
     if settings.quick:
         return (2,)
+    if config_of(settings).sample_size > 64:
+        return (1,)
     return (1, 8) if settings.device.type == "cpu" else (1, 8, 64, 256)
 
 
 def model_of(settings: Settings) -> UNet:
-    return network(SMALL if settings.quick else CIFAR).to(settings.device)
+    return network(config_of(settings)).to(settings.device)
 
 
 def called(settings: Settings) -> str:
-    return "a small U-Net" if settings.quick else "google/ddpm-cifar10-32's U-Net, random weights"
+    return "a small U-Net" if settings.quick else f"google/{settings.network}'s U-Net, random weights"
 
 
 def noise(model: UNet, batch: int) -> Tensor:

@@ -21,6 +21,7 @@ class Settings:
         device: that everything runs on.
         rounds: of every measurement; None: as many as a table says for itself.
         quick: small shapes and networks, few rounds, nothing compiled: to see that all of it runs.
+        network: which one is sampled and trained, by its name among google's; not with ``quick``.
         skip: parts of the names of peers that are left out.
         bar: show a progress bar on stderr.
     """
@@ -28,6 +29,7 @@ class Settings:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     rounds: int | None = None
     quick: bool = False
+    network: str = "ddpm-cifar10-32"
     skip: tuple[str, ...] = ()
     bar: bool = False
 

@@ -22,7 +22,7 @@ from ..training import Config, OptimizerConfig, Trainer
 from ..unet import UNet
 from . import arms, plain
 from .measure import Case, Run
-from .networks import CIFAR, SMALL, network
+from .networks import config_of, network
 from .report import Table
 from .sampling import called
 from .settings import Settings
@@ -55,7 +55,7 @@ IMAGES = 256
 
 def _trainer(settings: Settings, batch: int, dtype: torch.dtype) -> Run:
     settings.check("ours")
-    model = network(SMALL if settings.quick else CIFAR)
+    model = network(config_of(settings))
     config = Config(
         updates=2**31,
         batch=batch,
@@ -84,7 +84,7 @@ def _arm(
     build: Callable[[UNet], tuple[nn.Module, Loss]],
 ) -> Run:
     settings.check(name, compiles="compiled" in name)
-    model = network(SMALL if settings.quick else CIFAR).train().to(settings.device)
+    model = network(config_of(settings)).train().to(settings.device)
     shape = (batch, *model.sample_shape)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(settings.device).clamp(-1, 1)
     module, loss = build(model)
