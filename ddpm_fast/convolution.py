@@ -136,7 +136,7 @@ def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> st
     ======  ====  ====  ====  ====  ======
 
     Of 3 input channels' 16 lanes most are empty: to 128 channels at 32x32 F(4x4) is 1.4 times as fast as
-    oneDNN for one image, 0.9 for eight, and errs by ten times as much, F(2x2) 1.0 and 0.6 times as fast.
+    oneDNN for one image, 0.9 for eight, and errs by four times as much, F(2x2) 1.0 and 0.6 times as fast.
     """
     if in_channels < 16:
         return None

@@ -121,7 +121,9 @@ def make(shape, generator, *, dtype=torch.float32, mean=0.0, std=1.0, given=True
 def eager(x, weight, bias, plus, resize=None, padding=(1, 1)):
     if resize == "up":
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    y = F.conv2d(F.pad(x, padding * 2), weight, bias, stride=2 if resize == "down" else 1)
+    if padding == (0, 1):
+        x = F.pad(x, (0, 1, 0, 1))
+    y = F.conv2d(x, weight, bias, stride=2 if resize == "down" else 1, padding=padding[0])
     return y if plus is None else y + plus
 
 
