@@ -3,8 +3,10 @@
     python benchmarks/bench_conv3x3.py [--batch 1 8] [--rounds 10]
 
 Every arm runs the network's layers in order, each with its own weights, so that they come from beyond the
-caches as they do in a step; arms are interleaved round by round. Ratios are of medians; GFLOP/s count the
-direct convolution's multiplications and additions; errors are relative to float64, in the 2-norm.
+caches as they do in a step; arms are interleaved round by round. oneDNN enlarges the image in a pass of its
+own; a layer that resizes is in an arm whose algorithm does not by the one that is chosen. Ratios are of
+medians; GFLOP/s count the direct convolution's multiplications and additions; errors are relative to float64,
+in the 2-norm.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm_fast import UNet, UNetConfig, ops
-from ddpm_fast.convolution import Conv2d, fastest_conv3x3
+from ddpm_fast.convolution import Conv2d, fastest_conv3x3, fastest_resizing
 from ddpm_fast.ops._dispatch import cpu_kernels
-from ddpm_fast.ops.conv3x3 import ALGORITHMS
+from ddpm_fast.ops.conv3x3 import ALGORITHMS, RESIZES
 
 CONFIG = UNetConfig(
     block_out_channels=(128, 256, 256, 256),
@@ -35,22 +37,30 @@ SIDE = 32
 class Layer(NamedTuple):
     channels: int
     out_channels: int
-    side: int
+    side: int  # of x
+    resize: str | None
+
+    @property
+    def out_side(self) -> int:
+        return {None: self.side, "up": 2 * self.side, "down": self.side // 2}[self.resize]
 
     def flops(self, batch: int) -> int:
-        return 18 * batch * self.channels * self.out_channels * self.side**2
+        return 18 * batch * self.channels * self.out_channels * self.out_side**2
 
     def fastest(self, batch: int) -> str:
-        return fastest_conv3x3(batch, self.channels, self.side, self.side) or "oneDNN"
+        size = batch, self.channels, self.side, self.side
+        return (fastest_resizing(self.resize, *size) if self.resize else fastest_conv3x3(*size)) or "oneDNN"
 
 
 def layers() -> list[Layer]:
-    """Of stride 1, in the order in which the network calls them."""
+    """In the order in which the network calls them."""
     found: list[Layer] = []
 
-    def note(conv: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        if conv.kernel_size == (3, 3) and conv.stride == (1, 1):
-            found.append(Layer(conv.in_channels, conv.out_channels, inputs[0].shape[-1]))
+    def note(conv: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        side = inputs[0].shape[-1]
+        resize = {side: None, 2 * side: "up", side // 2: "down"}[y.shape[-1]]
+        if conv.kernel_size == (3, 3):
+            found.append(Layer(conv.in_channels, conv.out_channels, side, resize))
 
     with torch.device("meta"), torch.no_grad():
         model = UNet(CONFIG)
@@ -68,13 +78,19 @@ def calls(batch: int, layer: Layer) -> tuple[dict[str, Callable[[], Tensor]], Te
     )
     weight = torch.randn(layer.out_channels, layer.channels, 3, 3) / (9 * layer.channels) ** 0.5
     bias = torch.randn(layer.out_channels)
-    exact = nn.functional.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1)
-    window = ([1, 1], [1, 1], [1, 1], 1)
-    laid_out = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, list(x.shape))
+    stride = 2 if layer.resize == "down" else 1
+
+    def enlarged(x: Tensor) -> Tensor:
+        return nn.functional.interpolate(x, scale_factor=2.0) if layer.resize == "up" else x
+
+    exact = nn.functional.conv2d(enlarged(x[:1].double()), weight.double(), bias.double(), stride, 1)
+    window = ([1, 1], [stride, stride], [1, 1], 1)
+    laid_out = torch.ops.mkldnn._reorder_convolution_weight(weight, *window, list(enlarged(x).shape))
     convolve = torch.ops.mkldnn._convolution_pointwise.default
-    arms = {"oneDNN": lambda: convolve(x, laid_out, bias, *window, "none", [], "")}
+    arms = {"oneDNN": lambda: convolve(enlarged(x), laid_out, bias, *window, "none", [], "")}
     for algorithm in ALGORITHMS:
-        packed = ops.pack_conv3x3(weight, algorithm)
+        does = algorithm in RESIZES[layer.resize]
+        packed = ops.pack_conv3x3(weight, algorithm if does else layer.fastest(batch), layer.resize)
         arms[algorithm] = lambda packed=packed: ops.conv3x3_packed(x, packed, bias)
     arms["chosen"] = arms[layer.fastest(batch)]
     return arms, exact
@@ -113,17 +129,17 @@ def measure(net: list[Layer], batch: int, rounds: int) -> None:
             times[arm].append(taken)
     medians = {arm: [statistics.median(column) for column in zip(*times[arm], strict=True)] for arm in arms}
 
-    print(f"\nbatch {batch}\n{'layer':>12s}  count  oneDNN: GFLOP/s, error", end="")
+    print(f"\nbatch {batch}\n{'layer':>16s}  count  oneDNN: GFLOP/s, error", end="")
     print("".join(f"  {algorithm:>7s}" for algorithm in ALGORITHMS), "  chosen: GFLOP/s, error")
-    for layer in sorted(dict.fromkeys(net), key=lambda layer: (-layer.side, layer.flops(1))):
+    for layer in sorted(dict.fromkeys(net), key=lambda layer: (-layer.out_side, layer.flops(1))):
         places = [k for k, other in enumerate(net) if other == layer]
         taken = {arm: sum(medians[arm][k] for k in places) for arm in arms}
         worst = {arm: max(errors[arm][k] for k in places) for arm in arms}
         speed = {arm: layer.flops(batch) * len(places) / taken[arm] / 1e9 for arm in arms}
-        name = f"{layer.channels}->{layer.out_channels}@{layer.side}"
+        name = f"{layer.channels}->{layer.out_channels}@{layer.out_side}{layer.resize or ''}"
         ratios = "".join(f"  {taken['oneDNN'] / taken[algorithm]:6.2f}x" for algorithm in ALGORITHMS)
         print(
-            f"{name:>12s}  {len(places):5d}  {speed['oneDNN']:15.0f} {worst['oneDNN']:.1e}{ratios}   "
+            f"{name:>16s}  {len(places):5d}  {speed['oneDNN']:15.0f} {worst['oneDNN']:.1e}{ratios}   "
             f"{layer.fastest(batch):>6s} {speed['chosen']:8.0f} {worst['chosen']:.1e}"
         )
     sums = {arm: [sum(taken) for taken in times[arm]] for arm in arms}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -23,14 +24,36 @@ class Packed(NamedTuple):
     weight: Tensor | Own  # opaque: oneDNN reads it, or our own kernels
 
 
+class Kernel(NamedTuple):
+    """Which one of `ops.conv3x3_packed`."""
+
+    algorithm: str
+    resize: str | None
+    padding: tuple[int, int]
+
+
 class Kept(NamedTuple):
-    made_for: str  # which of the kernels
+    made_for: str | Kernel
     shape: torch.Size
     fingerprint: int  # of the values that were packed
     packed: Own
 
 
 Packs = dict[nn.Module, Packed]
+
+_FIRST: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeat": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+    "pad": lambda x: F.pad(x, (0, 1, 0, 1)),
+}
+"""What `Conv2d` may do to x before it convolves."""
+
+_OWN_WINDOWS = {
+    ((3, 3), (1, 1), (1, 1), (1, 1), None): (None, (1, 1)),
+    ((3, 3), (1, 1), (1, 1), (1, 1), "repeat"): ("up", (1, 1)),
+    ((3, 3), (1, 1), (2, 2), (1, 1), None): ("down", (1, 1)),
+    ((3, 3), (1, 1), (2, 2), (0, 0), "pad"): ("down", (0, 1)),
+}
+"""By kernel size, dilation, stride, padding, and what comes first: our own kernels' resize and padding."""
 
 _PACKS: ContextVar[Packs | None] = ContextVar("packs", default=None)
 _LOW_MEMORY: ContextVar[bool] = ContextVar("low_memory", default=False)
@@ -112,7 +135,8 @@ def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> st
     8       4     1.6   2.5   2.8   1.8
     ======  ====  ====  ====  ====  ======
 
-    Of 3 input channels' 16 lanes most are empty.
+    Of 3 input channels' 16 lanes most are empty: to 128 channels at 32x32 F(4x4) is 1.4 times as fast as
+    oneDNN for one image, 0.9 for eight, and errs by four times as much, F(2x2) 1.0 and 0.6 times as fast.
     """
     if in_channels < 16:
         return None
@@ -122,6 +146,33 @@ def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> st
         if tiles(batch, height, width, 4, 2) >= 32:
             return "f4x2"
     return "f2" if tiles(batch, height, width, 2, 2) >= 16 else "direct"
+
+
+def fastest_resizing(resize: str, batch: int, in_channels: int, height: int, width: int) -> str | None:
+    """As `fastest_conv3x3`, of `ops.conv3x3_packed` with ``resize``; height and width are of x.
+
+    "up" has one algorithm. Times faster than oneDNN, on the enlarged image or with its stride of 2, one
+    thread, 256 channels (128 at 32x32):
+
+    ======  ====  ===========  ============  ========  =======  ============  ========
+    batch   side  AVX-512: up  down, direct  down, f2  AMX: up  down, direct  down, f2
+    ======  ====  ===========  ============  ========  =======  ============  ========
+    1       32                 0.9           1.2                1.7           2.0
+    1       16    3.3          1.0           1.2       7.3      1.9           1.8
+    1       8     3.1          1.5           0.9       6.3      1.6           1.0
+    1       4     3.2                                  3.7
+    8       32                 0.9           1.1                1.5           2.1
+    8       16    3.3          0.9           1.1       7.3      1.9           2.4
+    8       8     3.3          1.3           1.5       7.5      2.3           3.0
+    8       4     3.3                                  7.0
+    ======  ====  ===========  ============  ========  =======  ============  ========
+    """
+    if in_channels < 16:
+        return None
+    if resize == "up":
+        return "f2"
+    few = 32 if has_amx() else 16
+    return "f2" if tiles(batch, height // 2, width // 2, 2, 2) >= few else "direct"
 
 
 def tiles(batch: int, height: int, width: int, down: int, across: int) -> int:
@@ -134,27 +185,38 @@ class Conv2d(nn.Conv2d):
 
     On the CPU torch lays a weight out for oneDNN anew at every call, which for one image costs up to three
     quarters of the convolution itself. Within `packing`, where x is channels_last float32 or bfloat16, this
-    layer does it once for a shape of x; and in float32 a 3x3 window of stride 1 is our own kernels', where
-    they are faster. Elsewhere it is ``nn.Conv2d``.
+    layer does it once for a shape of x; and in float32 a 3x3 window of stride 1 or 2 is our own kernels',
+    where they are faster. Elsewhere it is ``nn.Conv2d``.
     """
 
-    def forward(self, x: Tensor, plus: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        plus: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        first: str | None = None,
+    ) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W'), and ``plus``, of the result's shape, added to it.
 
-        ``bias`` (C_out,) stands for the layer's own.
+        ``bias`` (C_out,) stands for the layer's own. ``first`` is done to x before: "repeat", every pixel
+        four times, or "pad", zeros below and on the right. Our own kernels make no such tensor.
         """
         bias = self.bias if bias is None else bias
         packs = _PACKS.get() if not torch.compiler.is_compiling() else None
-        if packs is None or not self._packable(x):
+        packable = packs is not None and self._packable(x)
+        kernel = self._kernel(x, first) if packable else None
+        if kernel is not None:
+            weight = self._pack_own(packs, kernel)
+            return ops.conv3x3_packed(x, weight, bias, plus=plus, padding=kernel.padding)
+        x = x if first is None else _FIRST[first](x)
+        if not packable:
             if self._learns(x):
                 return ops.conv3x3(x, self.weight, bias, plus=plus, algorithm="f4")
             result = self._conv_forward(x, self.weight, bias)
             return result if plus is None else plus + result
-        algorithm = self._algorithm(x)
-        weight = self._pack(x, packs, algorithm)
-        if algorithm is not None:
-            return ops.conv3x3_packed(x, weight, bias, plus=plus)
         window = (self.padding, self.stride, self.dilation, 1)
+        weight = self._pack(x, packs, window)
         convolve = torch.ops.mkldnn._convolution_pointwise
         if plus is not None and plus.is_contiguous(memory_format=torch.channels_last):
             return convolve.binary(x, plus, weight, bias, *window, "add", None, None, [], None)
@@ -187,26 +249,37 @@ class Conv2d(nn.Conv2d):
             and tiles(len(x), *x.shape[2:], 4, 4) >= 32
         )
 
-    def _algorithm(self, x: Tensor) -> str | None:
+    def _kernel(self, x: Tensor, first: str | None) -> Kernel | None:
         """Which of our own kernels, None for oneDNN's."""
-        if _LOW_MEMORY.get() or not self._is_ours(x):
+        window = (self.kernel_size, self.dilation, self.stride, self.padding, first)
+        if _LOW_MEMORY.get() or window not in _OWN_WINDOWS or not runs_native("conv3x3", x):
             return None
+        resize, padding = _OWN_WINDOWS[window]
         batch, _, height, width = x.shape
-        return fastest_conv3x3(batch, self.in_channels, height, width)
+        if resize is None:
+            algorithm = fastest_conv3x3(batch, self.in_channels, height, width)
+        elif height * width == 1:  # whose layout the result would not have
+            return None
+        else:
+            algorithm = fastest_resizing(resize, batch, self.in_channels, height, width)
+        return None if algorithm is None else Kernel(algorithm, resize, padding)
 
     def _is_ours(self, x: Tensor) -> bool:
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
         return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and runs_native("conv3x3", x)
 
-    def _pack(self, x: Tensor, packs: Packs, algorithm: str | None) -> Tensor | Own:
-        def pack() -> Tensor | Own:
-            if algorithm is not None:
-                return _keep(self, algorithm, lambda: ops.pack_conv3x3(self.weight, algorithm))
-            window = (self.padding, self.stride, self.dilation, 1)
+    def _pack_own(self, packs: Packs, kernel: Kernel) -> ops.PackedConv3x3:
+        def pack() -> Own:
+            return ops.pack_conv3x3(self.weight, kernel.algorithm, kernel.resize)
+
+        return _laid_out(self, packs, kernel, lambda: _keep(self, kernel, pack))
+
+    def _pack(self, x: Tensor, packs: Packs, window: tuple) -> Tensor:
+        def pack() -> Tensor:
             reorder = torch.ops.mkldnn._reorder_convolution_weight
             return reorder(self.weight.detach(), *window, list(x.shape))
 
-        return _laid_out(self, packs, algorithm or x.shape, pack)  # oneDNN's layout depends on the shape
+        return _laid_out(self, packs, x.shape, pack)  # on which oneDNN's layout depends
 
 
 class Linear(nn.Linear):
@@ -264,7 +337,7 @@ def _suits(weight: Tensor, x: Tensor) -> bool:
 
 
 def _laid_out(
-    layer: nn.Module, packs: Packs, made_for: str | torch.Size, pack: Callable[[], Tensor | Own]
+    layer: nn.Module, packs: Packs, made_for: str | Kernel | torch.Size, pack: Callable[[], Tensor | Own]
 ) -> Tensor | Own:
     """What the run has packed of a layer, packed anew where its weight has changed, or what it is for."""
     weight = layer.weight
@@ -276,7 +349,7 @@ def _laid_out(
     return packed.weight
 
 
-def _keep(layer: nn.Module, made_for: str, pack: Callable[[], Own]) -> Own:
+def _keep(layer: nn.Module, made_for: str | Kernel, pack: Callable[[], Own]) -> Own:
     """What an earlier run has packed of the same values, see `_KEPT`, or packed now."""
     now = made_for, layer.weight.shape, ops.fingerprint(layer.weight)
     kept = _KEPT.get(layer)

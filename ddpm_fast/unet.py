@@ -171,11 +171,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
         h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
+        first = "repeat" if self.resize == "up" else None
         if self.resize == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resize == "up":
-            h, x = _repeat(h), _repeat(x)
-        h = self.conv1(h)
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        h = self.conv1(h, first=first)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)
@@ -228,7 +229,7 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+        return self.conv(x, first="pad" if self.conv.padding == (0, 0) else None)
 
 
 class Upsample(nn.Module):
@@ -239,7 +240,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(_repeat(x))
+        return self.conv(x, first="repeat")
 
 
 class Level(nn.Module):
@@ -487,11 +488,6 @@ class UNet(nn.Module):
             )
         if class_labels is not None and class_labels.shape != shape:
             raise ValueError(f"class_labels must have shape {tuple(shape)}, got {tuple(class_labels.shape)}")
-
-
-def _repeat(x: Tensor) -> Tensor:
-    """Every pixel four times: (B, C, H, W) -> (B, C, 2H, 2W)."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _residual(x: Tensor, h: Tensor, output_scale: float) -> Tensor:

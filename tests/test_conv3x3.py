@@ -7,7 +7,8 @@ independent inputs and taps of variance 1 the mean square of an output is 3, and
 
 The root of their ratio, averaged over outputs, is the growth of one dimension; that of two is the product.
 So the error rule holds for Winograd with all that it allows times the growth: 1.7 for F(2x2), 2.8 for F(4x2),
-4.8 for F(4x4) with the points used here, 10.8 with the customary (0, +-1, +-2, infinity).
+4.8 for F(4x4) with the points used here, 10.8 with the customary (0, +-1, +-2, infinity). F(2x2) of an image
+twice as large and with stride 2 have matrices of their own, below, and 1.7.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from ddpm_fast import ops, reference
 from ddpm_fast.ops import _dispatch
-from ddpm_fast.ops.conv3x3 import ALGORITHMS
+from ddpm_fast.ops.conv3x3 import ALGORITHMS, RESIZES
 
 ROOT = Path(__file__).parents[1]
 POINTS = {1: None, 2: (0, 1, -1), 4: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}  # and infinity, by outputs of a tile
@@ -44,6 +45,25 @@ SHAPES = [  # (B, C, K, H, W)
     (1, 1, 1, 2, 9),
     (8, 33, 96, 3, 6),
 ]
+RESIZING = [  # algorithm, resize, padding
+    ("f2", "up", (1, 1)),
+    ("direct", "down", (1, 1)),
+    ("direct", "down", (0, 1)),
+    ("f2", "down", (1, 1)),
+    ("f2", "down", (0, 1)),
+]
+RESIZING_MATRICES = {  # (A', G, B') of two outputs, a list a row
+    "up": (
+        [[1, 1, 0], [0, 1, 1]],
+        [[1, 0, 0], [1, 1, 1], [0, 0, 1]],
+        [[1, -1, 0], [0, 1, 0], [0, -1, 1]],
+    ),
+    "down": (
+        [[1, 1, 0, 0, 1], [0, 0, 1, 1, 1]],
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0], [1, 0, 1]],
+        [[1, 0, -1, 0, 0], [0, 1, 0, 0, 0], [0, 0, -1, 0, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0]],
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +89,16 @@ def toom_cook(outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return to_outputs, of_taps, of_inputs
 
 
-def growth(algorithm: str) -> float:
+def matrices(outputs: int, resize: str | None) -> list[np.ndarray]:
+    if resize is None or outputs == 1:
+        return list(toom_cook(outputs))
+    return [np.array(matrix, dtype=float) for matrix in RESIZING_MATRICES[resize]]
+
+
+def growth(algorithm: str, resize: str | None = None) -> float:
     factor = 1.0
     for outputs in ALGORITHMS[algorithm]:
-        to_outputs, of_taps, of_inputs = toom_cook(outputs)
+        to_outputs, of_taps, of_inputs = matrices(outputs, resize)
         terms = to_outputs**2 @ ((of_taps**2).sum(1) * (of_inputs**2).sum(1))
         factor *= float(np.sqrt(terms.mean() / 3))
     return factor
@@ -92,8 +118,12 @@ def make(shape, generator, *, dtype=torch.float32, mean=0.0, std=1.0, given=True
     }
 
 
-def eager(x, weight, bias, plus):
-    y = F.conv2d(x, weight, bias, padding=1)
+def eager(x, weight, bias, plus, resize=None, padding=(1, 1)):
+    if resize == "up":
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    if padding == (0, 1):
+        x = F.pad(x, (0, 1, 0, 1))
+    y = F.conv2d(x, weight, bias, stride=2 if resize == "down" else 1, padding=padding[0])
     return y if plus is None else y + plus
 
 
@@ -110,14 +140,15 @@ def channels_last(inputs: dict) -> dict:
     }
 
 
-def check_error(got: Tensor, inputs: dict, algorithm: str) -> None:
+def check_error(got: Tensor, inputs: dict, algorithm: str, **how) -> None:
     """err(kernel) <= growth (2 err(eager) + eps max|ref|), in the largest element and in the mean square."""
-    exact, plain = reference.conv3x3(**upcast(inputs)), eager(**inputs)
+    exact = eager(**upcast(inputs), **how) if how else reference.conv3x3(**upcast(inputs))
+    plain = eager(**inputs, **how)
     assert got.shape == exact.shape and got.dtype == plain.dtype
     eps = torch.finfo(got.dtype).eps
     for size in (lambda v: v.abs().max().item(), lambda v: v.square().mean().sqrt().item()):
         error = size(got - exact)
-        allowed = growth(algorithm) * (2 * size(plain - exact) + eps * size(exact))
+        allowed = growth(algorithm, how.get("resize")) * (2 * size(plain - exact) + eps * size(exact))
         assert error <= allowed, f"{algorithm}: {error:.3g} > {allowed:.3g}"
 
 
@@ -127,6 +158,16 @@ def test_the_matrices_of_the_derivation_convolve(outputs):
     d, g = np.random.default_rng(0).normal(size=(2, outputs + 2))
     y = to_outputs @ ((of_taps @ g[:3]) * (of_inputs @ d))
     np.testing.assert_allclose(y, np.correlate(d, g[:3]), atol=1e-12)
+
+
+@pytest.mark.parametrize("resize", RESIZING_MATRICES)
+def test_the_matrices_that_resize_convolve(resize):
+    to_outputs, of_taps, of_inputs = matrices(2, resize)
+    d, g = np.random.default_rng(0).normal(size=(2, 5))
+    d = d[: of_inputs.shape[1]]
+    y = to_outputs @ ((of_taps @ g[:3]) * (of_inputs @ d))
+    whole = np.correlate(d.repeat(2)[1:5] if resize == "up" else d, g[:3])
+    np.testing.assert_allclose(y, whole if resize == "up" else whole[::2], atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -139,6 +180,37 @@ def test_against_float64(shape, algorithm, given, layout, generator, poisoned):
     got = ops.conv3x3(**inputs, algorithm=algorithm, backend="native")
     check_error(got, inputs, algorithm)
     assert got.stride() == got.contiguous(memory_format=reference.memory_format(inputs["x"])).stride()
+
+
+@pytest.mark.parametrize("algorithm,resize,padding", RESIZING)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_resizing_against_float64(shape, algorithm, resize, padding, generator, poisoned):
+    if padding == (0, 1) and min(shape[3:]) < 2:
+        pytest.skip("no window is whole")
+    how = {"resize": resize, "padding": padding}
+    for given in (True, False):
+        inputs = make(shape, generator, given=given)
+        y = eager(**inputs | {"plus": None}, **how)
+        inputs["plus"] = torch.randn(y.shape, generator=generator) if given else None
+        if shape[0] != 3:
+            inputs = channels_last(inputs)
+        packed = ops.pack_conv3x3(inputs["weight"], algorithm, resize)
+        got = ops.conv3x3_packed(inputs["x"], packed, inputs["bias"], plus=inputs["plus"], padding=padding)
+        check_error(got, inputs, algorithm, **how)
+        assert got.stride() == got.contiguous(memory_format=reference.memory_format(inputs["x"])).stride()
+
+
+@pytest.mark.parametrize("algorithm,resize,padding", RESIZING)
+def test_resizing_an_image_is_the_same_in_any_batch_and_with_any_threads(
+    algorithm, resize, padding, generator, one_thread
+):
+    inputs = channels_last(make((5, 96, 40, 17, 19), generator, given=False))
+    packed = ops.pack_conv3x3(inputs["weight"], algorithm, resize)
+    expected = ops.conv3x3_packed(inputs["x"], packed, padding=padding)
+    assert torch.equal(ops.conv3x3_packed(inputs["x"][3:4], packed, padding=padding), expected[3:4])
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        assert torch.equal(ops.conv3x3_packed(inputs["x"], packed, padding=padding), expected)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -304,6 +376,18 @@ def test_opcheck(algorithm, generator):
         torch.library.opcheck(torch.ops.ddpm_fast.conv3x3_weight_gradient.default, (grad, x, weight))
 
 
+@pytest.mark.parametrize("algorithm,resize,padding", RESIZING)
+def test_opcheck_of_resizing(algorithm, resize, padding, generator):
+    inputs = channels_last(make((2, 5, 33, 6, 9), generator, given=False))
+    tile, kind = ALGORITHMS[algorithm], list(RESIZES).index(resize)
+    packed = ops.pack_conv3x3(inputs["weight"], algorithm, resize).weight
+    operands = inputs["x"], packed, None, None, 33, *tile, kind, 1 - padding[0]
+    torch.library.opcheck(torch.ops.ddpm_fast.conv3x3_packed.default, operands)
+    torch.library.opcheck(
+        torch.ops.ddpm_fast.conv3x3_pack.default, (inputs["weight"], *tile, torch.empty_like(packed), kind)
+    )
+
+
 def test_traces_whole(generator):
     torch.compiler.reset()
     inputs = channels_last(make((2, 5, 33, 6, 9), generator))
@@ -364,6 +448,30 @@ def test_bad_input_to_a_packed_weight():
         torch.ops.ddpm_fast.conv3x3_packed(x, packed.weight, None, None, 4, 3, 3)
 
 
+def test_bad_input_to_resizing():
+    weight, x = good()["weight"], good()["x"]
+    up, down = ops.pack_conv3x3(weight, resize="up"), ops.pack_conv3x3(weight, "direct", "down")
+    with pytest.raises(ValueError, match="resize='left' is not known; allowed: None, up, down"):
+        ops.pack_conv3x3(weight, resize="left")
+    with pytest.raises(ValueError, match="algorithm='f4' has no resize='down'; allowed: direct, f2"):
+        ops.pack_conv3x3(weight, "f4", "down")
+    with pytest.raises(ValueError, match=r"padding must be \(1, 1\), or .* got \(0, 1\) with resize='up'"):
+        ops.conv3x3_packed(x, up, padding=(0, 1))
+    with pytest.raises(ValueError, match=r"padding must be .* got \(0, 0\) with resize='down'"):
+        ops.conv3x3_packed(x, down, padding=(0, 0))
+    with pytest.raises(ValueError, match=r"x must have two rows and columns .* got \(2, 3, 5, 1\)"):
+        ops.conv3x3_packed(x[..., :1], down, padding=(0, 1))
+    with pytest.raises(ValueError, match=r"plus must be \(2, 4, 10, 10\)"):
+        ops.conv3x3_packed(x, up, plus=torch.zeros(2, 4, 5, 5))
+    run = torch.ops.ddpm_fast.conv3x3_packed
+    with pytest.raises(ValueError, match="no tiles of 2 x 2 outputs with resize = 3"):
+        run(x, up.weight, None, None, 4, 2, 2, 3)
+    with pytest.raises(ValueError, match="shift must be 0"):
+        run(x, up.weight, None, None, 4, 2, 2, 1, 1)
+    with pytest.raises(ValueError, match="shift must be 0"):
+        run(x[..., :1], down.weight, None, None, 4, 1, 1, 2, 1)
+
+
 # ---- instruction sets, addresses ----
 
 
@@ -418,13 +526,15 @@ Floats floats(int64_t count, uint32_t seed) {
 }
 
 double direct(
-    const Conv3x3Shape& s, const float* x, const float* w, int64_t b, int64_t k, int64_t r, int64_t c) {
+    const Conv3x3Shape& s, Resize resize, const float* x, const float* w, int64_t b, int64_t k, int64_t r,
+    int64_t c) {
+  const int64_t up = resize == Resize::kUp ? 2 : 1, stride = resize == Resize::kDown ? 2 : 1;
   double sum = 0;
   for (int64_t i = 0; i < 3; ++i) {
     for (int64_t j = 0; j < 3; ++j) {
-      const int64_t row = r + i - 1, column = c + j - 1;
-      if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
-      const float* const pixel = x + ((b * s.height + row) * s.width + column) * s.in_channels;
+      const int64_t row = stride * r + i - 1 + s.shift, column = stride * c + j - 1 + s.shift;
+      if (row < 0 || row >= up * s.height || column < 0 || column >= up * s.width) continue;
+      const float* const pixel = x + ((b * s.height + row / up) * s.width + column / up) * s.in_channels;
       for (int64_t p = 0; p < s.in_channels; ++p) {
         sum += pixel[p] * w[((k * s.in_channels + p) * 3 + i) * 3 + j];
       }
@@ -433,12 +543,13 @@ double direct(
   return sum;
 }
 
-template <int kDown, int kAcross>
+template <int kDown, int kAcross, Resize kResize = Resize::kNone>
 void check(const Conv3x3Shape& s, bool given) {
-  constexpr Conv3x3Kernels kernels = CONV3X3<kDown, kAcross>::kKernels;
+  constexpr Conv3x3Kernels kernels = CONV3X3<kDown, kAcross, 3, kResize>::kKernels;
   const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
-  const int64_t pixels = s.batch * s.height * s.width;
-  const Floats x = floats(pixels * s.in_channels, 1), w = floats(9 * s.in_channels * s.out_channels, 2);
+  const int64_t height = plan.out_height, width = plan.out_width, pixels = s.batch * height * width;
+  const Floats x = floats(s.batch * s.height * s.width * s.in_channels, 1);
+  const Floats w = floats(9 * s.in_channels * s.out_channels, 2);
   const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats scratch = floats(32 * plan.scratch, 9);
@@ -451,9 +562,9 @@ void check(const Conv3x3Shape& s, bool given) {
         given ? plus.get() : nullptr, y.get(), block, 0, plan.panels, products.get());
   }
   for (int64_t at = 0; at < pixels * s.out_channels; ++at) {
-    const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % s.width;
-    const int64_t r = pixel / s.width % s.height, b = pixel / s.width / s.height;
-    const double exact = direct(s, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
+    const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % width;
+    const int64_t r = pixel / width % height, b = pixel / width / height;
+    const double exact = direct(s, kResize, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
     if (!(std::abs(y[at] - exact) < 1e-5 * (9 * s.in_channels + 2))) {
       std::printf(
           "%d x %d, %ld %ld %ld %ld %ld: %g, not %g\\n", kDown, kAcross, (long)s.batch, (long)s.height,
@@ -519,12 +630,20 @@ RUNS
     for (const auto& c : channels) {
       for (const int64_t batch : {1, 3}) {
         const Conv3x3Shape shape = {side[0] > 8 ? 1 : batch, side[0], side[1], c[0], c[1]};
+        Conv3x3Shape padded_last = shape;
+        padded_last.shift = 1;
         const bool given = batch == 1;
         check<1, 1>(shape, given);
         check<2, 2>(shape, given);
         check<4, 2>(shape, given);
         check<4, 4>(shape, given);
         if (c[0] * c[1] < 1000) check_gradient(shape);
+        check<2, 2, Resize::kUp>(shape, given);
+        check<1, 1, Resize::kDown>(shape, given);
+        check<2, 2, Resize::kDown>(shape, given);
+        if (side[0] < 2) continue;
+        check<1, 1, Resize::kDown>(padded_last, given);
+        check<2, 2, Resize::kDown>(padded_last, given);
       }
     }
   }

@@ -17,11 +17,13 @@ using cpu::Conv3x3Plan;
 using cpu::Conv3x3Shape;
 using Weight = cpu::Conv3x3Weight<const float>;
 
-const Conv3x3Kernels& kernels_of(int64_t down, int64_t across, int64_t taps = 3) {
+const Conv3x3Kernels& kernels_of(int64_t down, int64_t across, int64_t resize = 0, int64_t taps = 3) {
   for (const Conv3x3Kernels& kernels : cpu::kernels().conv3x3) {
-    if (kernels.taps == taps && kernels.down == down && kernels.across == across) return kernels;
+    const bool tiles = kernels.taps == taps && kernels.down == down && kernels.across == across;
+    if (tiles && static_cast<int64_t>(kernels.resize) == resize) return kernels;
   }
-  fail<std::invalid_argument>("there are no tiles of ", down, " x ", across, " outputs");
+  fail<std::invalid_argument>(
+      "there are no tiles of ", down, " x ", across, " outputs with resize = ", resize);
 }
 
 Workspace& for_tiles() {
@@ -99,7 +101,7 @@ void pack(
 }
 
 // `turned` by 180 degrees, input and output channels in each other's place.
-void pack(Tensor weight, bool turned, int64_t down, int64_t across, const Tensor& packed) {
+void pack(const Conv3x3Kernels& kernels, Tensor weight, bool turned, const Tensor& packed) {
   check(
       weight.scalar_type() == ScalarType::Float && weight.dim() == 4 && weight.size(2) == 3 &&
           weight.size(3) == 3 && weight.numel() > 0,
@@ -111,7 +113,7 @@ void pack(Tensor weight, bool turned, int64_t down, int64_t across, const Tensor
     std::swap(in_channels, out_channels);
     taps = {taps.at(0, 0, 8), taps.step_c, taps.step_k, -taps.step_tap};
   }
-  pack(kernels_of(down, across), taps, in_channels, out_channels, packed);
+  pack(kernels, taps, in_channels, out_channels, packed);
 }
 
 // Of an x and a plus that are channels last, into such a y.
@@ -132,41 +134,49 @@ void convolve(
       plus ? floats(*plus) : nullptr, static_cast<float*>(y.mutable_data_ptr()));
 }
 
-int64_t conv3x3_packed_size_cpu(int64_t in_channels, int64_t out_channels, int64_t down, int64_t across) {
-  return packed_size(kernels_of(down, across), in_channels, out_channels);
+int64_t conv3x3_packed_size_cpu(
+    int64_t in_channels, int64_t out_channels, int64_t down, int64_t across, int64_t resize) {
+  return packed_size(kernels_of(down, across, resize), in_channels, out_channels);
 }
 
-void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed) {
-  pack(weight, /*turned=*/false, down, across, packed);
+void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed, int64_t resize) {
+  pack(kernels_of(down, across, resize), weight, /*turned=*/false, packed);
 }
 
 Tensor conv3x3_packed_cpu(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
-    int64_t across) {
+    int64_t across, int64_t resize, int64_t shift) {
   check(
       x.scalar_type() == ScalarType::Float && x.dim() == 4 && x.numel() > 0,
       "x must be float32 (B, C, H, W) and not empty");
   check(out_channels > 0, "out_channels must be positive");
   const bool channels_last = is_channels_last(x);
   x = to_channels_last(x);
+  const Conv3x3Kernels& kernels = kernels_of(down, across, resize);
+  const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels, shift};
+  const int64_t height = shape.resized(kernels.resize, x.size(2));
+  const int64_t width = shape.resized(kernels.resize, x.size(3));
+  check(
+      shift == 0 || (shift == 1 && kernels.resize == cpu::Resize::kDown && height > 0 && width > 0),
+      "shift must be 0, or with stride 2 and two rows and columns 1");
   Tensor y = torch::stable::empty(
-      {x.size(0), out_channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
-      std::nullopt, MemoryFormat::ChannelsLast);
+      {x.size(0), out_channels, height, width}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+      MemoryFormat::ChannelsLast);
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = to_channels_last(*plus);
   }
-  const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels};
-  convolve(kernels_of(down, across), shape, x, packed, bias, plus, y);
+  convolve(kernels, shape, x, packed, bias, plus, y);
   return channels_last ? y : torch::stable::contiguous(y);
 }
 
 Tensor packed_now(const Tensor& weight, bool turned, int64_t down, int64_t across) {
   check(weight.dim() == 4, "weight must be (C_out, C_in, 3, 3)");
+  const Conv3x3Kernels& kernels = kernels_of(down, across);
   const Conv3x3Plan plan =
-      kernels_of(down, across).plan({1, 1, 1, weight.size(turned ? 0 : 1), weight.size(turned ? 1 : 0)}, 1);
+      kernels.plan({1, 1, 1, weight.size(turned ? 0 : 1), weight.size(turned ? 1 : 0)}, 1);
   const Tensor packed = torch::stable::new_empty(weight, {plan.packed});
-  pack(weight, turned, down, across, packed);
+  pack(kernels, weight, turned, packed);
   return packed;
 }
 
@@ -174,7 +184,7 @@ Tensor conv3x3_cpu(
     Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor plus, int64_t down, int64_t across) {
   check(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1), "weight must have x's channels");
   const Tensor packed = packed_now(weight, /*turned=*/false, down, across);
-  return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across);
+  return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across, 0, 0);
 }
 
 // To its input a convolution's gradient is the convolution with the weight turned.
@@ -183,11 +193,11 @@ Tensor conv3x3_input_gradient_cpu(Tensor grad, Tensor weight, int64_t down, int6
       grad.dim() == 4 && weight.dim() == 4 && weight.size(0) == grad.size(1),
       "weight must have grad's channels");
   const Tensor packed = packed_now(weight, /*turned=*/true, down, across);
-  return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across);
+  return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across, 0, 0);
 }
 
 int64_t linear_packed_size_cpu(int64_t in_features, int64_t out_features) {
-  return packed_size(kernels_of(1, 1, 1), in_features, out_features);
+  return packed_size(kernels_of(1, 1, 0, /*taps=*/1), in_features, out_features);
 }
 
 void linear_pack_cpu(Tensor weight, Tensor packed) {
@@ -196,7 +206,9 @@ void linear_pack_cpu(Tensor weight, Tensor packed) {
       "weight must be float32 (C_out, C_in)");
   weight = as_contiguous(weight);
   const int64_t in_features = weight.size(1);
-  pack(kernels_of(1, 1, 1), {floats(weight), in_features, 1, 0}, in_features, weight.size(0), packed);
+  pack(
+      kernels_of(1, 1, 0, /*taps=*/1), {floats(weight), in_features, 1, 0}, in_features, weight.size(0),
+      packed);
 }
 
 Tensor linear_packed_cpu(
@@ -211,7 +223,8 @@ Tensor linear_packed_cpu(
     check_like("plus", *plus, y, "the result");
     plus = as_contiguous(*plus);
   }
-  convolve(kernels_of(1, 1, 1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+  convolve(
+      kernels_of(1, 1, 0, /*taps=*/1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
   return y;
 }
 

@@ -81,11 +81,11 @@ void group_norm_backward_nchw_any(
 }
 
 #if defined(__AMX_INT8__)
-template <int kDown, int kAcross, int kTaps = 3>
-using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps>;
+template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
+using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps, kResize>;
 #else
-template <int kDown, int kAcross, int kTaps = 3>
-using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps>;
+template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
+using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps, kResize>;
 #endif
 
 }  // namespace
@@ -107,7 +107,9 @@ const Kernels DDPM_FAST_ISA = {
     group_norm_backward_nhwc_any,
     group_norm_backward_nchw_any,
     {Conv3x3ByIsa<1, 1>::kKernels, Conv3x3ByIsa<2, 2>::kKernels, Conv3x3ByIsa<4, 2>::kKernels,
-     Conv3x3ByIsa<4, 4>::kKernels, Conv3x3ByIsa<1, 1, 1>::kKernels},
+     Conv3x3ByIsa<4, 4>::kKernels, Conv3x3ByIsa<1, 1, 1>::kKernels,
+     Conv3x3ByIsa<2, 2, 3, Resize::kUp>::kKernels, Conv3x3ByIsa<1, 1, 3, Resize::kDown>::kKernels,
+     Conv3x3ByIsa<2, 2, 3, Resize::kDown>::kKernels},
     Conv3x3Gradient::kKernels,
     fingerprint,
 };

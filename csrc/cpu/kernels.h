@@ -43,12 +43,22 @@ struct GroupNormSources {
   GroupNormSource of[2];
 };
 
+// What a 3x3 convolution, padded by 1, does to height and width: kUp, every pixel stands four times, as
+// nearest neighbours twice as large; kDown, stride 2.
+enum class Resize : int64_t { kNone, kUp, kDown };
+
 struct Conv3x3Shape {
-  int64_t batch, height, width, in_channels, out_channels;
+  int64_t batch, height, width, in_channels, out_channels;  // height and width: of inputs
+  int64_t shift = 0;  // or 1: the first window begins at the first pixel, and only the last ones are padded
+
+  int64_t resized(Resize resize, int64_t side) const {
+    return resize == Resize::kNone ? side : resize == Resize::kUp ? 2 * side : (side + 1 - shift) / 2;
+  }
 };
 
-// How a 3x3 convolution of stride 1, padded by 1, is cut; sizes in floats.
+// How a convolution is cut; sizes in floats.
 struct Conv3x3Plan : Conv3x3Shape {
+  int64_t out_height, out_width;
   int64_t tiles;        // of the batch
   int64_t block;        // tiles that are worked on together, at most
   int64_t blocks;       // a multiple of the threads, where there are so many
@@ -72,6 +82,7 @@ struct Conv3x3Weight {
 // In tiles of down x across outputs. x, plus and y are channels last; bias and plus may be null.
 struct Conv3x3Kernels {
   int64_t taps, down, across;  // taps: 3, or 1 for a linear layer on the pixels
+  Resize resize;
 
   Conv3x3Plan (*plan)(const Conv3x3Shape&, int64_t threads);
   // panels [first, last) of the weights
@@ -150,7 +161,7 @@ struct Kernels {
       Dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&, const GroupNormGradients&, float* scratch);
 
-  Conv3x3Kernels conv3x3[5];
+  Conv3x3Kernels conv3x3[8];
   Conv3x3GradientKernels conv3x3_gradient;
 
   uint64_t (*fingerprint)(const void* data, int64_t bytes);

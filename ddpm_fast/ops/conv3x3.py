@@ -1,4 +1,4 @@
-"""3x3 convolution of stride 1 on the CPU: by Winograd, which is past what direct convolution can reach."""
+"""3x3 convolution on the CPU: by Winograd, which is past what direct convolution can reach."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ ALGORITHMS: dict[str, tuple[int, int]] = {
 }
 """By name, height and width of a tile of outputs."""
 
+RESIZES: dict[str | None, tuple[str, ...]] = {
+    None: tuple(ALGORITHMS),
+    "up": ("f2",),
+    "down": ("direct", "f2"),
+}
+"""What `conv3x3_packed` may do to height and width, as the kernels number it, and by which algorithms."""
+
 
 class PackedConv3x3(NamedTuple):
     """A weight as the kernels of this processor read it: see `pack_conv3x3`."""
@@ -28,6 +35,7 @@ class PackedConv3x3(NamedTuple):
     in_channels: int
     out_channels: int
     algorithm: str
+    resize: str | None
 
 
 def conv3x3(
@@ -92,15 +100,23 @@ def conv3x3(
     return run(x, weight, bias, plus, down, across)
 
 
-def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
+def pack_conv3x3(weight: Tensor, algorithm: str = "f2", resize: str | None = None) -> PackedConv3x3:
     """Transform a weight and lay it out, for many calls of `conv3x3_packed` on this processor.
 
     It takes the weight's memory, for "f2" 16/9, "f4x2" 24/9, "f4" 4 times as much; C_out is rounded up to 32.
-    On AMX it takes 3/4 of that, and C_in, from 64 on, is rounded up to 64.
+    On AMX it takes 3/4 of that, and C_in, from 64 on, is rounded up to 64. To convolve and resize at once:
+
+    - "up", the convolution of ``F.interpolate(x, scale_factor=2, mode="nearest")``, which is not made: one in
+      four of F(2, 3)'s products would be of zeros in each dimension, and "f2" takes 9 for 4 outputs and the
+      weight's own memory;
+    - "down", with stride 2: 9 products for an output by "direct", 25 for 4 by "f2", which takes 25/9 of the
+      weight's memory: in each dimension F(2, 2) of every other pixel with the outer taps, and two products
+      with the middle one.
 
     Args:
         weight: ``(C_out, C_in, 3, 3)`` float32 on the CPU. A later change of it does not show.
-        algorithm: as in `conv3x3`.
+        algorithm: as in `conv3x3`; with ``resize`` "up" it is "f2", with "down" "direct" or "f2".
+        resize: "up", "down", or None, which keeps height and width.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
@@ -108,27 +124,42 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
     """
     check_floating("weight", weight, 4)
     down, across = _tile(algorithm)
+    if resize not in RESIZES:
+        raise ValueError(f"resize={resize!r} is not known; allowed: None, up, down")
+    if algorithm not in RESIZES[resize]:
+        allowed = ", ".join(RESIZES[resize])
+        raise ValueError(f"algorithm={algorithm!r} has no resize={resize!r}; allowed: {allowed}")
     _check_weight(weight)
     choose("conv3x3", "native", weight)
     out_channels, in_channels = weight.shape[:2]
-    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(in_channels, out_channels, down, across)
+    kind = _number(resize)
+    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(in_channels, out_channels, down, across, kind)
     packed = on_a_huge_page(size)
-    torch.ops.ddpm_fast.conv3x3_pack.default(weight.detach(), down, across, packed)
-    return PackedConv3x3(packed, in_channels, out_channels, algorithm)
+    torch.ops.ddpm_fast.conv3x3_pack.default(weight.detach(), down, across, packed, kind)
+    return PackedConv3x3(packed, in_channels, out_channels, algorithm, resize)
 
 
 def conv3x3_packed(
-    x: Tensor, packed: PackedConv3x3, bias: Tensor | None = None, *, plus: Tensor | None = None
+    x: Tensor,
+    packed: PackedConv3x3,
+    bias: Tensor | None = None,
+    *,
+    plus: Tensor | None = None,
+    padding: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """`conv3x3` with a weight that `pack_conv3x3` has laid out. Not differentiable.
+    """`conv3x3` with a weight that `pack_conv3x3` has laid out, maybe to resize. Not differentiable.
 
     Args:
         x: ``(B, C_in, H, W)`` float32 on the CPU.
         packed: of a weight ``(C_out, C_in, 3, 3)``.
-        bias, plus: as in `conv3x3`.
+        bias: as in `conv3x3`.
+        plus: of the result's shape.
+        padding: zeros before and after each dimension: (1, 1), or with ``resize`` "down" (0, 1).
 
     Returns:
-        ``(B, C_out, H, W)`` in ``x``'s layout; equal to the bit to `conv3x3` with the same algorithm.
+        ``(B, C_out, H', W')`` in ``x``'s layout. Without ``resize`` H' is H, and the result is equal to the
+        bit to `conv3x3`'s with the same algorithm; with "up" H' is 2 H; with "down" H / 2, rounded up, or
+        down where the padding is (0, 1).
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
@@ -140,11 +171,31 @@ def conv3x3_packed(
     _check_x(x)
     if x.shape[1] != packed.in_channels:
         raise ValueError(f"x must be (B, {packed.in_channels}, H, W) for such a weight, got {describe(x)}")
+    kind, shift = _number(packed.resize), _shift(x, packed.resize, padding)
     choose("conv3x3", "native", x)
-    check_packed_call(x, _operands(x, packed.out_channels, bias, plus), "conv3x3")
+    check_packed_call(x, _operands(x, packed.out_channels, bias, plus, kind, shift), "conv3x3")
     down, across = ALGORITHMS[packed.algorithm]
     run = torch.ops.ddpm_fast.conv3x3_packed.default
-    return run(x, packed.weight, bias, plus, packed.out_channels, down, across)
+    return run(x, packed.weight, bias, plus, packed.out_channels, down, across, kind, shift)
+
+
+def _number(resize: str | None) -> int:
+    return tuple(RESIZES).index(resize)
+
+
+def _shift(x: Tensor, resize: str | None, padding: tuple[int, int]) -> int:
+    if padding == (1, 1):
+        return 0
+    if padding != (0, 1) or resize != "down":
+        allowed = '(1, 1), or with resize="down" (0, 1)'
+        raise ValueError(f"padding must be {allowed}, got {padding!r} with resize={resize!r}")
+    if min(x.shape[2:]) < 2:
+        raise ValueError(f"x must have two rows and columns for padding (0, 1), got {describe(x)}")
+    return 1
+
+
+def _resized(side: int, resize: int, shift: int) -> int:
+    return (side, 2 * side, (side + 1 - shift) // 2)[resize]
 
 
 def _tile(algorithm: str) -> tuple[int, int]:
@@ -163,8 +214,15 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight must be (C_out, C_in, 3, 3) and not empty, got {describe(weight)}")
 
 
-def _operands(x: Tensor, out_channels: int, bias: Tensor | None, plus: Tensor | None) -> Operands:
-    return {"bias": (bias, (out_channels,)), "plus": (plus, (x.shape[0], out_channels, *x.shape[2:]))}
+def _operands(
+    x: Tensor, out_channels: int, bias: Tensor | None, plus: Tensor | None, resize: int = 0, shift: int = 0
+) -> Operands:
+    shape = _shape(x, out_channels, resize, shift)
+    return {"bias": (bias, (out_channels,)), "plus": (plus, shape)}
+
+
+def _shape(x: Tensor, out_channels: int, resize: int, shift: int) -> tuple[int, ...]:
+    return (x.shape[0], out_channels, *(_resized(side, resize, shift) for side in x.shape[2:]))
 
 
 def _reference(x, weight, bias, plus, down, across):
@@ -175,8 +233,8 @@ def _fake(x, weight, bias, plus, down, across):
     return _fake_packed(x, weight, bias, plus, weight.shape[0], down, across)
 
 
-def _fake_packed(x, packed, bias, plus, out_channels, down, across):
-    shape = (x.shape[0], out_channels, *x.shape[2:])
+def _fake_packed(x, packed, bias, plus, out_channels, down, across, resize=0, shift=0):
+    shape = _shape(x, out_channels, resize, shift)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
 
 
@@ -248,11 +306,15 @@ define(
     _fake_weight_gradient,
     file="conv3x3",
 )
-LIBRARY.define("conv3x3_packed_size(int in_channels, int out_channels, int down, int across) -> int")
-LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed) -> ()")
+LIBRARY.define(
+    "conv3x3_packed_size(int in_channels, int out_channels, int down, int across, int resize=0) -> int"
+)
+LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed, int resize=0) -> ()")
 LIBRARY.define(
     "conv3x3_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_channels, "
-    "int down, int across) -> Tensor"
+    "int down, int across, int resize=0, int shift=0) -> Tensor"
 )
-torch.library.register_fake("ddpm_fast::conv3x3_pack", lambda weight, down, across, packed: None, lib=LIBRARY)
+torch.library.register_fake(
+    "ddpm_fast::conv3x3_pack", lambda weight, down, across, packed, resize=0: None, lib=LIBRARY
+)
 torch.library.register_fake("ddpm_fast::conv3x3_packed", _fake_packed, lib=LIBRARY)

@@ -1,5 +1,5 @@
-// y = conv3x3(x, w) + bias + plus, stride 1, padded by 1, channels last, in tiles of outputs: Winograd's
-// F(4x4, 3x3), F(4x2), F(2x2), or direct, which is F(1x1).
+// y = conv3x3(x, w) + bias + plus, padded by 1, channels last, in tiles of outputs: Winograd's F(4x4, 3x3),
+// F(4x2), F(2x2), or direct, which is F(1x1); of x twice as large F(2x2), with stride 2 that or direct.
 //
 // Tiles are taken in blocks. A block's tiles are transformed, into [position][channels][tile][kLanes] with
 // kLanes channels together; each position's tiles are multiplied by its weights, kPanel output channels at a
@@ -32,17 +32,19 @@ inline int64_t tiles_in(const Conv3x3Plan& plan, int64_t block) {
 }
 
 // The convolution in tiles of kDown x kAcross outputs; with one tap it is a linear layer on the pixels.
-template <int kDown, int kAcross, int kTaps = 3>
+template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
 struct Conv3x3 {
-  using Down = Winograd<kDown, kTaps>;
-  using Across = Winograd<kAcross, kTaps>;
+  using Down = Winograd<kDown, kTaps, kResize>;
+  using Across = Winograd<kAcross, kTaps, kResize>;
   static constexpr int kRows = Down::kSize, kColumns = Across::kSize;  // of inputs
 
   // With at most `most` tiles in a block.
   static Conv3x3Plan cut(const Conv3x3Shape& shape, int64_t threads, int64_t most) {
     Conv3x3Plan plan = {};
     static_cast<Conv3x3Shape&>(plan) = shape;
-    plan.tiles = plan.batch * ceil_div(plan.height, kDown) * ceil_div(plan.width, kAcross);
+    plan.out_height = plan.resized(kResize, plan.height);
+    plan.out_width = plan.resized(kResize, plan.width);
+    plan.tiles = plan.batch * ceil_div(plan.out_height, kDown) * ceil_div(plan.out_width, kAcross);
     plan.blocks = ceil_div(plan.tiles, most);
     if (plan.blocks > threads) plan.blocks = ceil_div(plan.blocks, threads) * threads;
     plan.block = ceil_div(plan.tiles, plan.blocks);  // all alike
@@ -106,8 +108,14 @@ struct Conv3x3 {
   };
 
   static inline Tile tile_at(const Conv3x3Plan& plan, int64_t tile) {
-    const int64_t across = ceil_div(plan.width, kAcross), down = ceil_div(plan.height, kDown);
+    const int64_t across = ceil_div(plan.out_width, kAcross), down = ceil_div(plan.out_height, kDown);
     return {tile / (across * down), tile / across % down * kDown, tile % across * kAcross};
+  }
+
+  // Of the inputs of outputs from `out` on.
+  static inline int64_t first_input(const Conv3x3Plan& plan, int64_t out) {
+    const int64_t at = kResize == Resize::kNone ? out : kResize == Resize::kUp ? out / 2 : 2 * out;
+    return at - kTaps / 2 + plan.shift;
   }
 
   // Calls put(position, channel, v) with a tile's transformed inputs, of kLanes channels at once.
@@ -115,10 +123,11 @@ struct Conv3x3 {
   static inline void each_input(const Conv3x3Plan& plan, const float* x, int64_t tile, const Put& put) {
     const int64_t channels = plan.in_channels;
     const Tile at = tile_at(plan, tile);
+    const int64_t first_row = first_input(plan, at.row), first_column = first_input(plan, at.column);
     const float* pixels[kRows][kColumns];  // null where they are padding
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
-        const int64_t row = at.row + i - kTaps / 2, column = at.column + j - kTaps / 2;
+        const int64_t row = first_row + i, column = first_column + j;
         const bool inside = row >= 0 && row < plan.height && column >= 0 && column < plan.width;
         const int64_t pixel = (at.image * plan.height + row) * plan.width + column;
         pixels[i][j] = inside ? x + pixel * channels : nullptr;
@@ -156,16 +165,22 @@ struct Conv3x3 {
 
   // ---- products ----
 
-  // Where a position's products go, and whether to others that are there: F(1, 3) sums over its dimension.
+  // Where a position's products go, and whether to others that are there: of fewer products than positions,
+  // as many as there can be are sums of two neighbours; F(1, 3)'s only one is of all.
   struct Slot {
     int at;
     bool adds;
   };
 
+  template <typename Dimension>
+  static constexpr Slot slot_in(int k) {
+    const auto at = [](int position) { return position * Dimension::kProducts / Dimension::kSize; };
+    return {at(k), k > 0 && at(k - 1) == at(k)};
+  }
+
   static constexpr Slot slot_of(int i, int j) {
-    return {
-        (kDown == 1 ? 0 : i * Across::kProducts) + (kAcross == 1 ? 0 : j),
-        (kDown == 1 && i > 0) || (kAcross == 1 && j > 0)};
+    const Slot row = slot_in<Down>(i), column = slot_in<Across>(j);
+    return {row.at * Across::kProducts + column.at, row.adds || column.adds};
   }
 
   // A panel's products at every position.
@@ -205,8 +220,8 @@ struct Conv3x3 {
     const int64_t stride = products_stride(plan), channels = plan.out_channels;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Tile at = tile_at(plan, block * plan.block + tile);
-      const int64_t rows = plan.height - at.row < kDown ? plan.height - at.row : kDown;
-      const int64_t columns = plan.width - at.column < kAcross ? plan.width - at.column : kAcross;
+      const int64_t rows = plan.out_height - at.row < kDown ? plan.out_height - at.row : kDown;
+      const int64_t columns = plan.out_width - at.column < kAcross ? plan.out_width - at.column : kAcross;
       for (int half = 0; half < 2; ++half) {
         const int64_t k = panel * kPanel + half * kLanes, lanes = channels - k;
         if (lanes <= 0) break;
@@ -222,7 +237,7 @@ struct Conv3x3 {
         const bool whole = lanes >= kLanes;
         const Float add = bias == nullptr ? Float{} : whole ? load(bias + k) : load(bias + k, lanes);
         for (int64_t i = 0; i < rows; ++i) {
-          const int64_t pixel = (at.image * plan.height + at.row + i) * plan.width + at.column;
+          const int64_t pixel = (at.image * plan.out_height + at.row + i) * plan.out_width + at.column;
           for (int64_t j = 0; j < columns; ++j) {
             const int64_t to = (pixel + j) * channels + k;
             Float value = out[i][j] + add;
@@ -249,7 +264,7 @@ struct Conv3x3 {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, kResize, plan, pack, transform, run};
 };
 
 }  // namespace

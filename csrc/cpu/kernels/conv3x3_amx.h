@@ -9,9 +9,9 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-template <int kDown, int kAcross, int kTaps = 3>
-struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps> {
-  using Base = Conv3x3<kDown, kAcross, kTaps>;
+template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
+struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
+  using Base = Conv3x3<kDown, kAcross, kTaps, kResize>;
   using Base::kColumns, Base::kRows;
   static constexpr int kPositions = kRows * kColumns;
   static constexpr int64_t kMost = kTaps == 1 ? 256 : 64;  // tiles of a block
@@ -159,7 +159,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps> {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, kResize, plan, pack, transform, run};
 };
 
 }  // namespace

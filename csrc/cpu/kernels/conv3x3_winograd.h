@@ -9,16 +9,17 @@
 // summed; F(1, 1) a product.
 #pragma once
 
+#include "../kernels.h"
 #include "vec.h"
 
 namespace ddpm_fast::cpu {
 namespace {
 
-template <int kTile, int kTaps>
+template <int kTile, int kTaps, Resize kResize = Resize::kNone>
 struct Winograd;
 
-template <int kTaps>
-struct Winograd<1, kTaps> {
+template <int kTaps, Resize kResize>
+struct Winograd<1, kTaps, kResize> {
   static constexpr int kSize = kTaps, kProducts = 1;  // that are left when the multiplication has summed them
 
   static inline void input(const Float (&d)[kTaps], Float (&v)[kTaps]) {
@@ -54,6 +55,55 @@ struct Winograd<2, 3> {
   static inline void output(const Float (&m)[4], Float (&y)[2]) {
     y[0] = m[0] + (m[1] + m[2]);
     y[1] = (m[1] - m[2]) - m[3];
+  }
+};
+
+// Of d[0] d[0] d[1] d[1] d[2] d[2], from the second on: one of F(2, 3)'s products would be of zeros.
+template <>
+struct Winograd<2, 3, Resize::kUp> {
+  static constexpr int kSize = 3, kProducts = 3;
+
+  static inline void input(const Float (&d)[3], Float (&v)[3]) {
+    v[0] = d[0] - d[1];
+    v[1] = d[1];
+    v[2] = d[2] - d[1];
+  }
+
+  static inline void weight(const Float (&g)[3], Float (&u)[3]) {
+    u[0] = g[0];
+    u[1] = (g[0] + g[2]) + g[1];
+    u[2] = g[2];
+  }
+
+  static inline void output(const Float (&m)[3], Float (&y)[2]) {
+    y[0] = m[0] + m[1];
+    y[1] = m[1] + m[2];
+  }
+};
+
+// Stride 2: F(2, 2) of every other input with the outer taps, and the middle tap's two products.
+template <>
+struct Winograd<2, 3, Resize::kDown> {
+  static constexpr int kSize = 5, kProducts = 3;  // the first two are summed, and the next two
+
+  static inline void input(const Float (&d)[5], Float (&v)[5]) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1];
+    v[2] = d[4] - d[2];
+    v[3] = d[3];
+    v[4] = d[2];
+  }
+
+  static inline void weight(const Float (&g)[3], Float (&u)[5]) {
+    u[0] = g[0];
+    u[1] = u[3] = g[1];
+    u[2] = g[2];
+    u[4] = g[0] + g[2];
+  }
+
+  static inline void output(const Float (&m)[3], Float (&y)[2]) {
+    y[0] = m[0] + m[2];
+    y[1] = m[1] + m[2];
   }
 };
 
