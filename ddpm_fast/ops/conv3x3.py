@@ -111,8 +111,10 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
     _check_weight(weight)
     choose("conv3x3", "native", weight)
     out_channels, in_channels = weight.shape[:2]
-    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(in_channels, out_channels, down, across)
-    packed = on_a_huge_page(size)
+    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(
+        in_channels, out_channels, down, across, weight.dtype
+    )
+    packed = on_a_huge_page(size, weight.dtype)
     torch.ops.ddpm_fast.conv3x3_pack.default(weight.detach(), down, across, packed)
     return PackedConv3x3(packed, in_channels, out_channels, algorithm)
 
@@ -214,7 +216,7 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     has_bias, has_plus = ctx.given
     d_plus = grad if has_plus else None
-    if not runs_native("conv3x3", x):
+    if x.dtype != torch.float32 or not runs_native("conv3x3", x):
         mask = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
         return *_eager_backward(grad, x, weight, mask), d_plus, None, None
     d_x = d_weight = d_bias = None
@@ -248,7 +250,7 @@ define(
     _fake_weight_gradient,
     file="conv3x3",
 )
-LIBRARY.define("conv3x3_packed_size(int in_channels, int out_channels, int down, int across) -> int")
+LIBRARY.define("conv3x3_packed_size(int in_channels, int out_channels, int down, int across, ScalarType dtype) -> int")
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "conv3x3_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_channels, "
