@@ -141,8 +141,7 @@ void convolve(
     const Conv3x3Kernels& kernels, const Conv3x3Shape& shape, const Tensor& x, const Tensor& packed,
     const OptionalTensor& bias, const OptionalTensor& plus, const Tensor& y) {
   const Conv3x3Plan plan = kernels.plan(shape, torch::stable::get_num_threads());
-  check(
-      holds(packed, x.scalar_type(), plan), "packed must be what was made of a weight for such an x");
+  check(holds(packed, x.scalar_type(), plan), "packed must be what was made of a weight for such an x");
   const Channels biases("bias", bias, shape.out_channels);
   run(kernels, plan, x.const_data_ptr(), static_cast<const float*>(packed.const_data_ptr()), biases.at(0),
       plus ? plus->const_data_ptr() : nullptr, y.mutable_data_ptr());
@@ -178,8 +177,8 @@ Tensor conv3x3_packed_cpu(
 
 Tensor packed_now(const Tensor& weight, bool turned, int64_t down, int64_t across) {
   check(weight.dim() == 4, "weight must be (C_out, C_in, 3, 3)");
-  const Conv3x3Plan plan =
-      kernels_of(weight.scalar_type(), down, across).plan({1, 1, 1, weight.size(turned ? 0 : 1), weight.size(turned ? 1 : 0)}, 1);
+  const Conv3x3Plan plan = kernels_of(weight.scalar_type(), down, across)
+                               .plan({1, 1, 1, weight.size(turned ? 0 : 1), weight.size(turned ? 1 : 0)}, 1);
   const int64_t size = weight.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(uint16_t);
   const Tensor packed =
       torch::stable::new_empty(weight, {plan.packed * static_cast<int64_t>(sizeof(float)) / size});
@@ -226,7 +225,9 @@ Tensor linear_packed_cpu(
     check_like("plus", *plus, y, "the result");
     plus = as_contiguous(*plus);
   }
-  convolve(kernels_of(x.scalar_type(), 1, 1, 1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+  convolve(
+      kernels_of(x.scalar_type(), 1, 1, 1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus,
+      y);
   return y;
 }
 

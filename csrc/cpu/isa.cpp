@@ -35,8 +35,8 @@ bool runs_avx2() {
 #endif
 
 #ifdef DDPM_FAST_AMX
-// The processor has to have tiles, products of int8 and of bfloat16, as all that have tiles do, and the system
-// has to let the process use them.
+// The processor has to have tiles, products of int8 and of bfloat16, as all that have tiles do, and the
+// system has to let the process use them.
 bool runs_amx() {
   constexpr unsigned kOsxsave = 1u << 27, kTileStates = 3u << 17;
   constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, -TILE, -INT8

@@ -5,7 +5,8 @@
 
 #if defined(__AMX_INT8__)
 #include "kernels/conv3x3_amx.h"
-#include "kernels/conv3x3_amx_bfloat16.h"
+#include "kernels/conv3x3_amx_direct.h"
+#include "kernels/conv3x3_amx_winograd.h"
 #else
 #include "kernels/conv3x3.h"
 #endif
@@ -85,7 +86,8 @@ void group_norm_backward_nchw_any(
 template <int kDown, int kAcross, int kTaps = 3>
 using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps>;
 template <int kDown, int kAcross, int kTaps = 3>
-using Conv3x3BFloat16 = Conv3x3AmxBFloat16<kDown, kAcross, kTaps>;
+using Conv3x3BFloat16 =
+    std::conditional_t<kDown * kAcross == 1, Conv3x3AmxDirect<kTaps>, Conv3x3AmxWinograd<kDown, kAcross>>;
 #else
 template <int kDown, int kAcross, int kTaps = 3>
 using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps>;

@@ -149,9 +149,10 @@ struct Conv3x3 {
       float*) {
     const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
     for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
-      each_input(plan, static_cast<const T*>(x), block * plan.block + tile, [&](int position, int64_t c, Float v) {
-        store(transformed + position * stride + c * plan.block + tile * kLanes, v);
-      });
+      each_input(
+          plan, static_cast<const T*>(x), block * plan.block + tile, [&](int position, int64_t c, Float v) {
+            store(transformed + position * stride + c * plan.block + tile * kLanes, v);
+          });
     }
   }
 

@@ -86,10 +86,12 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps> {
     }
     for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
       Magnitude largest[ceil_div(kPositions, 16)][16];
-      Base::each_input(plan, static_cast<const float*>(x), block * plan.block + tile, [&](int position, int64_t c, Float v) {
-        largest[position / 16][position % 16].see(v);
-        store(scratch + position * channels + c, v);
-      });
+      Base::each_input(
+          plan, static_cast<const float*>(x), block * plan.block + tile,
+          [&](int position, int64_t c, Float v) {
+            largest[position / 16][position % 16].see(v);
+            store(scratch + position * channels + c, v);
+          });
       for (int position = 0; position < kPositions; position += 16) {
         const Scale scale(largest_of(largest[position / 16]));
         for (int k = 0; k < 16 && position + k < kPositions; ++k) {
