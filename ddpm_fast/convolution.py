@@ -124,6 +124,11 @@ def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> st
     return "f2" if tiles(batch, height, width, 2, 2) >= 16 else "direct"
 
 
+def fastest_bfloat16(in_channels: int) -> str | None:
+    """The same in bfloat16: on AMX products cost so little that Winograd's transforms take longer."""
+    return "direct" if has_amx() and in_channels >= 32 else None
+
+
 def tiles(batch: int, height: int, width: int, down: int, across: int) -> int:
     """Of down x across outputs, in which a batch of images is taken."""
     return batch * -(-height // down) * -(-width // across)
@@ -177,6 +182,7 @@ class Conv2d(nn.Conv2d):
         """
         return (
             torch.is_grad_enabled()
+            and x.dtype == torch.float32
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not is_transformed()
@@ -191,6 +197,8 @@ class Conv2d(nn.Conv2d):
         """Which of our own kernels, None for oneDNN's."""
         if _LOW_MEMORY.get() or not self._is_ours(x):
             return None
+        if x.dtype == torch.bfloat16:
+            return fastest_bfloat16(self.in_channels)
         batch, _, height, width = x.shape
         return fastest_conv3x3(batch, self.in_channels, height, width)
 
@@ -232,7 +240,7 @@ def own_linear(
     packs = _PACKS.get() if not torch.compiler.is_compiling() else None
     if packs is None or _LOW_MEMORY.get() or not has_amx():
         return None
-    if x.dtype != torch.float32 or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
         return None
     if not _is_frozen(layer.weight, x) or not runs_native("linear", x):
         return None

@@ -30,7 +30,25 @@ inline void add_products(const char* a, const char* b) {
   }
 }
 
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 // As rows of 32.
+template <int kRowTiles>
+inline void load_sums(const float* m) {
+  constexpr int64_t kRow = kPanel * sizeof(float);
+  _tile_loadd(0, m, kRow);
+  _tile_loadd(1, m + kLanes, kRow);
+  if constexpr (kRowTiles == 2) {
+    _tile_loadd(2, m + 16 * kPanel, kRow);
+    _tile_loadd(3, m + 16 * kPanel + kLanes, kRow);
+  }
+}
+
 template <int kRowTiles>
 inline void store_sums(float* m) {
   constexpr int64_t kRow = kPanel * sizeof(float);

@@ -17,7 +17,8 @@ template <int kTaps>
 struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
   using Base = Conv3x3<1, 1, kTaps, BFloat16>;
   static constexpr int kPositions = kTaps * kTaps, kMargin = kTaps / 2;
-  static constexpr int64_t kMost = 576;  // of the raster in a block
+  static constexpr int64_t kMost = 576;                  // of the raster in a block
+  static constexpr int64_t kChunk = kTaps == 1 ? 8 : 2;  // of 32 channels: their weights fit the first cache
 
   // Few channels are left to vectors: most of a tile would be empty.
   static bool is_narrow(const Conv3x3Shape& shape) { return shape.in_channels < kWidth; }
@@ -46,7 +47,7 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
     plan.panel_size = kPositions * depth(plan) * kTwoTiles / sizeof(float);
     plan.packed = plan.panels * plan.panel_size;
     plan.transformed = depth(plan) * a_stride(plan) / sizeof(float) + plan.block;
-    plan.products = 16;
+    plan.products = plan.block * kPanel;
     plan.scratch = kPositions * depth(plan) * kWidth;
     return plan;
   }
@@ -117,53 +118,58 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
     int64_t pixel() const { return (image * plan.height + row) * plan.width + column; }
   };
 
-  // 32 outputs' products with a panel, or 16 outputs'. The sums are written beside the next ones'
-  // multiplication: vectors and tiles are different units of the processor.
+  // A chunk of the weights, which fits the first cache, is multiplied with all outputs of the block before
+  // the next one; sums wait in m. The last ones are written beside the next outputs' multiplication: vectors
+  // and tiles are different units of the processor.
   class Sums {
    public:
-    explicit Sums(const Conv3x3Plan& plan)
-        : depth_(depth(plan)), a_stride_(a_stride(plan)), pitch_(pitch(plan) * 64) {}
+    Sums(const Conv3x3Plan& plan, const int32_t* outputs)
+        : a_stride_(a_stride(plan)), pitch_(pitch(plan) * 64), outputs_(outputs) {}
 
-    void multiply(
-        const char* a, const char* b, const PanelOutput& to, const int32_t* outputs, int64_t count) {
-      count > 16 ? multiply<2>(a, b) : multiply<1>(a, b);
-      to_ = to, outputs_ = outputs, count_ = count, next_ = 0;
-    }
-
-    void finish() { write(count_); }
-
-   private:
+    // Outputs [row, row + 32), or 16 of them, by a chunk of `depth` times 32 channels.
     template <int kRowTiles>
-    void multiply(const char* a, const char* b) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      const int64_t rows = ceil_div(32, kPositions * depth_);  // to write after each step
-      for (int64_t c = depth_; c > 0; --c, a += a_stride_) {
+    void multiply(const char* a, const char* b, int64_t depth, float* m, bool adds) {
+      adds ? load_sums<kRowTiles>(m) : zero_sums();
+      for (; depth > 0; --depth, a += a_stride_) {
         for (int i = 0; i < kTaps; ++i) {
           for (int j = 0; j < kTaps; ++j, b += kTwoTiles) {
             add_products<kRowTiles>(a + i * pitch_ + j * 64, b);
-            write(rows);
+            for (const char* const last = ahead_ + ahead_step_; ahead_ < last; ahead_ += 64) {
+              __builtin_prefetch(ahead_, 0, 2);
+            }
+            write(kAtOnce);
           }
         }
       }
-      write(count_);
-      store_sums<kRowTiles>(sums_[0]);
+      write(32);
+      store_sums<kRowTiles>(m);
     }
 
-    inline void write(int64_t rows) {
-      for (; rows > 0 && next_ < count_; --rows, ++next_) {
-        const int32_t pixel = outputs_[next_];
-        if (pixel >= 0) to_.write(pixel, load(sums_[next_]), load(sums_[next_] + kLanes));
+    void prefetch(const char* ahead, int64_t step) { ahead_ = ahead, ahead_step_ = step; }
+
+    void wrote_to(const PanelOutput& to) { to_ = to; }
+
+    void pending(const float* m, int64_t row, int64_t last) { m_ = m, row_ = row, last_ = last; }
+
+    void finish() { write(32); }
+
+   private:
+    static constexpr int kAtOnce = 4;  // outputs that are written after a step
+
+    inline void write(int count) {
+      for (; count > 0 && row_ < last_; --count, ++row_, m_ += kPanel) {
+        const int32_t pixel = outputs_[row_];
+        if (pixel >= 0) to_.write(pixel, load(m_), load(m_ + kLanes));
       }
     }
 
-    const int64_t depth_, a_stride_, pitch_;
+    const int64_t a_stride_, pitch_;
+    const int32_t* const outputs_;
+    const char* ahead_ = nullptr;
+    int64_t ahead_step_ = 0;
     PanelOutput to_;
-    const int32_t* outputs_ = nullptr;
-    int64_t count_ = 0, next_ = 0;
-    alignas(64) float sums_[32][kPanel];
+    const float* m_ = nullptr;
+    int64_t row_ = 0, last_ = 0;
   };
 
   static void run(
@@ -175,13 +181,26 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
     const Tiles configured;
     const auto* const a = reinterpret_cast<const char*>(transformed);
     const auto* const outputs = reinterpret_cast<const int32_t*>(a + depth(plan) * a_stride(plan));
-    const int64_t tiles = tiles_in(plan, block);
-    Sums sums(plan);
+    const int64_t tiles = tiles_in(plan, block), pairs = ceil_div(tiles, 32);
+    const int64_t most = pairs == 1 ? depth(plan) : kChunk;  // of one pair the sums stay in tiles
+    const auto* b = reinterpret_cast<const char*>(packed + first * plan.panel_size);
+    Sums sums(plan, outputs);
     for (int64_t panel = first; panel < last; ++panel) {
-      const PanelOutput to(plan, panel, bias, plus, y);
-      const auto* const b = reinterpret_cast<const char*>(packed + panel * plan.panel_size);
-      for (int64_t row = 0; row < tiles; row += 32) {
-        sums.multiply(a + row * 64, b, to, outputs + row, tiles - row < 32 ? tiles - row : 32);
+      for (int64_t c = 0; c < depth(plan); c += most) {
+        const int64_t deep = depth(plan) - c < most ? depth(plan) - c : most;
+        const int64_t bytes = deep * kPositions * kTwoTiles;
+        sums.prefetch(b + bytes, ceil_div(bytes, pairs * deep * kPositions * 64) * 64);
+        for (int64_t row = 0; row < tiles; row += 32) {
+          const char* const pixels = a + c * a_stride(plan) + row * 64;
+          float* const m = products + row * kPanel;
+          tiles - row > 16 ? sums.template multiply<2>(pixels, b, deep, m, c > 0)
+                           : sums.template multiply<1>(pixels, b, deep, m, c > 0);
+          if (c + deep == depth(plan)) {
+            if (row == 0) sums.wrote_to(PanelOutput(plan, panel, bias, plus, y));
+            sums.pending(m, row, tiles - row < 32 ? tiles : row + 32);
+          }
+        }
+        b += bytes;
       }
     }
     sums.finish();

@@ -72,10 +72,7 @@ struct Conv3x3AmxWinograd : Conv3x3<kDown, kAcross, 3, BFloat16> {
   // 32 rows' products with a panel, or 16 rows'.
   template <int kRowTiles>
   static inline void multiply_rows(int64_t depth, const char* a, const char* b, float* m) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (; depth > 0; --depth, a += kTwoTiles, b += kTwoTiles) {
       add_products<kRowTiles>(a, b);
     }
