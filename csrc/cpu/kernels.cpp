@@ -6,7 +6,6 @@
 #if defined(__AMX_INT8__)
 #include "kernels/conv3x3_amx.h"
 #include "kernels/conv3x3_amx_direct.h"
-#include "kernels/conv3x3_amx_winograd.h"
 #else
 #include "kernels/conv3x3.h"
 #endif
@@ -85,14 +84,13 @@ void group_norm_backward_nchw_any(
 #if defined(__AMX_INT8__)
 template <int kDown, int kAcross, int kTaps = 3>
 using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps>;
-template <int kDown, int kAcross, int kTaps = 3>
-using Conv3x3BFloat16 =
-    std::conditional_t<kDown * kAcross == 1, Conv3x3AmxDirect<kTaps>, Conv3x3AmxWinograd<kDown, kAcross>>;
+template <int kTaps>
+using DirectBFloat16 = Conv3x3AmxDirect<kTaps>;
 #else
 template <int kDown, int kAcross, int kTaps = 3>
 using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps>;
-template <int kDown, int kAcross, int kTaps = 3>
-using Conv3x3BFloat16 = Conv3x3<kDown, kAcross, kTaps, BFloat16>;
+template <int kTaps>
+using DirectBFloat16 = Conv3x3<1, 1, kTaps, BFloat16>;
 #endif
 
 }  // namespace
@@ -115,8 +113,8 @@ const Kernels DDPM_FAST_ISA = {
     group_norm_backward_nchw_any,
     {Conv3x3ByIsa<1, 1>::kKernels, Conv3x3ByIsa<2, 2>::kKernels, Conv3x3ByIsa<4, 2>::kKernels,
      Conv3x3ByIsa<4, 4>::kKernels, Conv3x3ByIsa<1, 1, 1>::kKernels},
-    {Conv3x3BFloat16<1, 1>::kKernels, Conv3x3BFloat16<2, 2>::kKernels, Conv3x3BFloat16<4, 2>::kKernels,
-     Conv3x3BFloat16<4, 4>::kKernels, Conv3x3BFloat16<1, 1, 1>::kKernels},
+    {DirectBFloat16<3>::kKernels, Conv3x3<2, 2, 3, BFloat16>::kKernels, Conv3x3<4, 2, 3, BFloat16>::kKernels,
+     Conv3x3<4, 4, 3, BFloat16>::kKernels, DirectBFloat16<1>::kKernels},
     Conv3x3Gradient::kKernels,
     fingerprint,
 };

@@ -4,7 +4,7 @@
 // each image: whatever the tap, what 16 outputs in a row of the raster read are 16 pixels in a row, some
 // steps away. So a block of the raster is copied once, as [32 channels][pixel], and its tiles are loaded from
 // wherever they begin. Outputs that fall on the zeros are left out. Weights are [panel][32
-// channels][tap][half], one stream; the sums over all of them stay in tiles.
+// channels][tap][half].
 #pragma once
 
 #include "amx_bfloat16.h"
@@ -12,6 +12,45 @@
 
 namespace ddpm_fast::cpu {
 namespace {
+
+// Where a panel's 32 output channels of a pixel go.
+struct PanelOutput {
+  Float bias[2] = {};
+  const BFloat16* plus = nullptr;  // as y, or null
+  BFloat16* y = nullptr;
+  int64_t channels = 0;  // from a pixel to the next
+  __mmask32 inside = 0;  // which of the panel's there are
+
+  PanelOutput() = default;
+
+  PanelOutput(const Conv3x3Plan& plan, int64_t panel, const float* bias_, const void* plus_, void* y_)
+      : channels(plan.out_channels) {
+    const int64_t k = panel * kPanel, left = channels - k;
+    plus = plus_ == nullptr ? nullptr : static_cast<const BFloat16*>(plus_) + k;
+    y = static_cast<BFloat16*>(y_) + k;
+    inside = left < kPanel ? (1u << left) - 1 : ~0u;
+    for (int half = 0; half < 2 && bias_ != nullptr && left > half * kLanes; ++half) {
+      const float* const from = bias_ + k + half * kLanes;
+      bias[half] = left < (half + 1) * kLanes ? load(from, left - half * kLanes) : load(from);
+    }
+  }
+
+  inline void write(int64_t pixel, Float first, Float second) const {
+    first += bias[0], second += bias[1];
+    const int64_t at = pixel * channels;
+    if (plus != nullptr) {
+      const __m512i both = _mm512_maskz_loadu_epi16(inside, plus + at);
+      first += widened(_mm512_castsi512_si256(both));
+      second += widened(_mm512_extracti64x4_epi64(both, 1));
+    }
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
+    _mm512_mask_storeu_epi16(y + at, inside, bit_cast<__m512i>(rounded));
+  }
+
+  static inline Float widened(__m256i halves) {
+    return bit_cast<Float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+};
 
 template <int kTaps>
 struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
@@ -56,9 +95,23 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
       const Conv3x3Plan& plan, const Conv3x3Weight<const float>& weight, int64_t first, int64_t last,
       float* packed, float* scratch) {
     if (is_narrow(plan)) return Base::pack(plan, weight, first, last, packed, scratch);
-    pack_bfloat16<Base>(plan, weight, first, last, packed, scratch, [](int position, int64_t c) {
-      return c * kPositions + position;
-    });
+    const int64_t channels = depth(plan) * kWidth;
+    for (int64_t panel = first; panel < last; ++panel) {
+      std::memset(scratch, 0, kPositions * channels * kPanel * sizeof(float));
+      Base::each_weight(plan, weight, panel, [&](int position, int64_t c, int half, Float u) {
+        store(scratch + (position * channels + c) * kPanel + half * kLanes, u);
+      });
+      auto* to = reinterpret_cast<BFloat16*>(packed + panel * plan.panel_size);
+      for (int64_t c = 0; c < channels; c += kWidth) {
+        for (int position = 0; position < kPositions; ++position) {
+          for (int line = 0; line < 32; ++line, to += 2 * kLanes) {
+            const int64_t channel = position * channels + c + 2 * (line % 16);
+            const float* const u = scratch + channel * kPanel + line / 16 * kLanes;
+            store_pair(to, {load(u), load(u + kPanel)});
+          }
+        }
+      }
+    }
   }
 
   // The share of a block's pixels that [first, last) is of its outputs.
@@ -96,8 +149,8 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
     int64_t place, image, row, column;
 
     Walk(const Conv3x3Plan& of, int64_t from) : plan(of), place(from) {
-      const int64_t size = lines(plan) * pitch(plan),
-                    ahead = from + size;  // from may be before the first image
+      const int64_t size = lines(plan) * pitch(plan);
+      const int64_t ahead = from + size;  // it may be before the first image
       image = ahead / size - 1;
       row = ahead % size / pitch(plan);
       column = ahead % size % pitch(plan);
@@ -118,15 +171,15 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
     int64_t pixel() const { return (image * plan.height + row) * plan.width + column; }
   };
 
-  // A chunk of the weights, which fits the first cache, is multiplied with all outputs of the block before
-  // the next one; sums wait in m. The last ones are written beside the next outputs' multiplication: vectors
-  // and tiles are different units of the processor.
+  // Sums of 32 outputs, or 16, wait in m while others are multiplied with the same weights. When they are
+  // whole they are written beside the next ones' multiplication, some after each step: vectors and tiles are
+  // different units of the processor.
   class Sums {
    public:
     Sums(const Conv3x3Plan& plan, const int32_t* outputs)
         : a_stride_(a_stride(plan)), pitch_(pitch(plan) * 64), outputs_(outputs) {}
 
-    // Outputs [row, row + 32), or 16 of them, by a chunk of `depth` times 32 channels.
+    // With `depth` times 32 channels.
     template <int kRowTiles>
     void multiply(const char* a, const char* b, int64_t depth, float* m, bool adds) {
       adds ? load_sums<kRowTiles>(m) : zero_sums();
@@ -137,25 +190,25 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
             for (const char* const last = ahead_ + ahead_step_; ahead_ < last; ahead_ += 64) {
               __builtin_prefetch(ahead_, 0, 2);
             }
-            write(kAtOnce);
+            write(4);
           }
         }
       }
-      write(32);
+      finish();
       store_sums<kRowTiles>(m);
     }
 
+    // Weights that are wanted next are brought to the second cache, `step` bytes after each step.
     void prefetch(const char* ahead, int64_t step) { ahead_ = ahead, ahead_step_ = step; }
 
-    void wrote_to(const PanelOutput& to) { to_ = to; }
-
-    void pending(const float* m, int64_t row, int64_t last) { m_ = m, row_ = row, last_ = last; }
+    // The sums of outputs [row, last) are whole.
+    void complete(const PanelOutput& to, const float* m, int64_t row, int64_t last) {
+      to_ = to, m_ = m, row_ = row, last_ = last;
+    }
 
     void finish() { write(32); }
 
    private:
-    static constexpr int kAtOnce = 4;  // outputs that are written after a step
-
     inline void write(int count) {
       for (; count > 0 && row_ < last_; --count, ++row_, m_ += kPanel) {
         const int32_t pixel = outputs_[row_];
@@ -172,6 +225,8 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
     int64_t row_ = 0, last_ = 0;
   };
 
+  // A chunk of the weights, which fits the first cache, is multiplied with all outputs of the block before
+  // the next one.
   static void run(
       const Conv3x3Plan& plan, const float* transformed, const float* packed, const float* bias,
       const void* plus, void* y, int64_t block, int64_t first, int64_t last, float* products) {
@@ -181,24 +236,22 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, BFloat16> {
     const Tiles configured;
     const auto* const a = reinterpret_cast<const char*>(transformed);
     const auto* const outputs = reinterpret_cast<const int32_t*>(a + depth(plan) * a_stride(plan));
-    const int64_t tiles = tiles_in(plan, block), pairs = ceil_div(tiles, 32);
-    const int64_t most = pairs == 1 ? depth(plan) : kChunk;  // of one pair the sums stay in tiles
+    const int64_t tiles = tiles_in(plan, block);
+    const int64_t chunk = tiles <= 32 ? depth(plan) : kChunk;  // of 32 outputs the sums never have to wait
     const auto* b = reinterpret_cast<const char*>(packed + first * plan.panel_size);
     Sums sums(plan, outputs);
     for (int64_t panel = first; panel < last; ++panel) {
-      for (int64_t c = 0; c < depth(plan); c += most) {
-        const int64_t deep = depth(plan) - c < most ? depth(plan) - c : most;
-        const int64_t bytes = deep * kPositions * kTwoTiles;
-        sums.prefetch(b + bytes, ceil_div(bytes, pairs * deep * kPositions * 64) * 64);
+      const PanelOutput to(plan, panel, bias, plus, y);
+      for (int64_t c = 0; c < depth(plan); c += chunk) {
+        const int64_t deep = depth(plan) - c < chunk ? depth(plan) - c : chunk;
+        const int64_t steps = deep * kPositions, bytes = steps * kTwoTiles;
+        sums.prefetch(b + bytes, ceil_div(bytes, ceil_div(tiles, 32) * steps * 64) * 64);
         for (int64_t row = 0; row < tiles; row += 32) {
           const char* const pixels = a + c * a_stride(plan) + row * 64;
           float* const m = products + row * kPanel;
           tiles - row > 16 ? sums.template multiply<2>(pixels, b, deep, m, c > 0)
                            : sums.template multiply<1>(pixels, b, deep, m, c > 0);
-          if (c + deep == depth(plan)) {
-            if (row == 0) sums.wrote_to(PanelOutput(plan, panel, bias, plus, y));
-            sums.pending(m, row, tiles - row < 32 ? tiles : row + 32);
-          }
+          if (c + deep == depth(plan)) sums.complete(to, m, row, tiles - row < 32 ? tiles : row + 32);
         }
         b += bytes;
       }
