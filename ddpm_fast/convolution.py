@@ -175,6 +175,18 @@ def fastest_resizing(resize: str, batch: int, in_channels: int, height: int, wid
     return "f2" if tiles(batch, height // 2, width // 2, 2, 2) >= few else "direct"
 
 
+def fastest_bfloat16(batch: int, in_channels: int, height: int, width: int) -> str | None:
+    """As `fastest_conv3x3`, in bfloat16.
+
+    On AMX products cost so little that direct convolution is ahead of all transforms. Elsewhere F(4x4) in
+    float32 is ahead of oneDNN's products of bfloat16, which smaller tiles may not be.
+    """
+    if has_amx():
+        return "direct" if in_channels >= 32 else None
+    algorithm = fastest_conv3x3(batch, in_channels, height, width)
+    return algorithm if algorithm in ("f4", "f4x2") else None
+
+
 def tiles(batch: int, height: int, width: int, down: int, across: int) -> int:
     """Of down x across outputs, in which a batch of images is taken."""
     return batch * -(-height // down) * -(-width // across)
@@ -206,10 +218,12 @@ class Conv2d(nn.Conv2d):
         packs = _PACKS.get() if not torch.compiler.is_compiling() else None
         packable = packs is not None and self._packable(x)
         kernel = self._kernel(x, first) if packable else None
+        if kernel is None and first is not None:
+            x = _FIRST[first](x)
+            kernel = self._kernel(x, None) if packable else None
         if kernel is not None:
             weight = self._pack_own(packs, kernel)
             return ops.conv3x3_packed(x, weight, bias, plus=plus, padding=kernel.padding)
-        x = x if first is None else _FIRST[first](x)
         if not packable:
             if self._learns(x):
                 return ops.conv3x3(x, self.weight, bias, plus=plus, algorithm="f4")
@@ -239,6 +253,7 @@ class Conv2d(nn.Conv2d):
         """
         return (
             torch.is_grad_enabled()
+            and x.dtype == torch.float32
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not is_transformed()
@@ -256,12 +271,15 @@ class Conv2d(nn.Conv2d):
             return None
         resize, padding = _OWN_WINDOWS[window]
         batch, _, height, width = x.shape
-        if resize is None:
-            algorithm = fastest_conv3x3(batch, self.in_channels, height, width)
-        elif height * width == 1:  # whose layout the result would not have
+        if resize is not None and height * width == 1:  # whose layout the result would not have
             return None
+        shape = batch, self.in_channels, height, width
+        if x.dtype == torch.bfloat16:
+            algorithm = fastest_bfloat16(*shape) if resize is None else None
+        elif resize is None:
+            algorithm = fastest_conv3x3(*shape)
         else:
-            algorithm = fastest_resizing(resize, batch, self.in_channels, height, width)
+            algorithm = fastest_resizing(resize, *shape)
         return None if algorithm is None else Kernel(algorithm, resize, padding)
 
     def _is_ours(self, x: Tensor) -> bool:
@@ -305,7 +323,7 @@ def own_linear(
     packs = _PACKS.get() if not torch.compiler.is_compiling() else None
     if packs is None or _LOW_MEMORY.get() or not has_amx():
         return None
-    if x.dtype != torch.float32 or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
         return None
     if not _is_frozen(layer.weight, x) or not runs_native("linear", x):
         return None

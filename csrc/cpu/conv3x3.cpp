@@ -6,6 +6,7 @@
 #include "../common.h"
 #include "../layout.h"
 #include "conv3x3.h"
+#include "group_norm.h"
 #include "kernels.h"
 #include "workspace.h"
 
@@ -17,14 +18,20 @@ using cpu::Conv3x3Plan;
 using cpu::Conv3x3Shape;
 using Weight = cpu::Conv3x3Weight<const float>;
 
-const Conv3x3Kernels& kernels_of(int64_t down, int64_t across, int64_t resize = 0, int64_t taps = 3) {
-  for (const Conv3x3Kernels& kernels : cpu::kernels().conv3x3) {
+const Conv3x3Kernels& kernels_of(
+    ScalarType dtype, int64_t down, int64_t across, int64_t resize = 0, int64_t taps = 3) {
+  const bool is_float = dtype == ScalarType::Float;
+  check(is_float || dtype == ScalarType::BFloat16, "only float32 and bfloat16 have kernels");
+  for (const Conv3x3Kernels& kernels : is_float ? cpu::kernels().conv3x3 : cpu::kernels().conv3x3_bfloat16) {
     const bool tiles = kernels.taps == taps && kernels.down == down && kernels.across == across;
     if (tiles && static_cast<int64_t>(kernels.resize) == resize) return kernels;
   }
   fail<std::invalid_argument>(
       "there are no tiles of ", down, " x ", across, " outputs with resize = ", resize);
 }
+
+// Of a linear layer.
+const Conv3x3Kernels& for_rows(ScalarType dtype) { return kernels_of(dtype, 1, 1, 0, /*taps=*/1); }
 
 Workspace& for_tiles() {
   thread_local Workspace workspace;
@@ -44,8 +51,8 @@ Workspace& for_scratch() {
 // With blocks for every thread a thread takes whole ones, and nothing waits. With fewer, all tiles are
 // transformed, and then each thread takes panels of output channels: it reads their weights alone.
 void run(
-    const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const float* x, const float* packed,
-    const float* bias, const float* plus, float* y) {
+    const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const void* x, const float* packed,
+    const float* bias, const void* plus, void* y) {
   const int64_t blocks = plan.blocks;
   if (blocks >= static_cast<int64_t>(torch::stable::get_num_threads())) {
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
@@ -85,13 +92,31 @@ int64_t packed_size(const Conv3x3Kernels& kernels, int64_t in_channels, int64_t 
   return kernels.plan({1, 1, 1, in_channels, out_channels}, 1).packed;
 }
 
+// Packed weights are in the dtype of what they are for, whatever lies in them.
+bool holds(const Tensor& packed, ScalarType dtype, const Conv3x3Plan& plan) {
+  const int64_t size = dtype == ScalarType::Float ? sizeof(float) : sizeof(uint16_t);
+  return packed.scalar_type() == dtype && packed.is_contiguous() &&
+         packed.numel() * size == plan.packed * static_cast<int64_t>(sizeof(float));
+}
+
+// As float32, in its layout.
+Tensor as_floats(const Tensor& weight) {
+  if (weight.scalar_type() == ScalarType::Float) return weight;
+  const bool channels_last = is_channels_last(weight);
+  Tensor made = torch::stable::empty(
+      weight.sizes(), ScalarType::Float, std::nullopt, weight.device(), std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  cpu::kernels().load(
+      dtype_of("weight", weight), weight.const_data_ptr(), static_cast<float*>(made.mutable_data_ptr()),
+      weight.numel());
+  return made;
+}
+
 void pack(
-    const Conv3x3Kernels& kernels, const Weight& weight, int64_t in_channels, int64_t out_channels,
-    const Tensor& packed) {
+    const Conv3x3Kernels& kernels, ScalarType dtype, const Weight& weight, int64_t in_channels,
+    int64_t out_channels, const Tensor& packed) {
   const Conv3x3Plan plan = kernels.plan({1, 1, 1, in_channels, out_channels}, 1);
-  check(
-      packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
-      "packed must be float32 with ", plan.packed, " elements");
+  check(holds(packed, dtype, plan), "packed must be in the weight's dtype, with ", plan.packed, " floats");
   float* const to = static_cast<float*>(packed.mutable_data_ptr());
   in_huge_pages(to, plan.packed);
   torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
@@ -103,56 +128,48 @@ void pack(
 // `turned` by 180 degrees, input and output channels in each other's place.
 void pack(const Conv3x3Kernels& kernels, Tensor weight, bool turned, const Tensor& packed) {
   check(
-      weight.scalar_type() == ScalarType::Float && weight.dim() == 4 && weight.size(2) == 3 &&
-          weight.size(3) == 3 && weight.numel() > 0,
-      "weight must be float32 (C_out, C_in, 3, 3)");
-  weight = keep_layout(weight);
+      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0,
+      "weight must be (C_out, C_in, 3, 3)");
+  const ScalarType dtype = weight.scalar_type();
+  weight = as_floats(keep_layout(weight));
   int64_t in_channels = weight.size(1), out_channels = weight.size(0);
   Weight taps = in_layout(floats(weight), in_channels, is_channels_last(weight));
   if (turned) {
     std::swap(in_channels, out_channels);
     taps = {taps.at(0, 0, 8), taps.step_c, taps.step_k, -taps.step_tap};
   }
-  pack(kernels, taps, in_channels, out_channels, packed);
+  pack(kernels, dtype, taps, in_channels, out_channels, packed);
 }
 
 // Of an x and a plus that are channels last, into such a y.
 void convolve(
     const Conv3x3Kernels& kernels, const Conv3x3Shape& shape, const Tensor& x, const Tensor& packed,
-    OptionalTensor bias, const OptionalTensor& plus, const Tensor& y) {
+    const OptionalTensor& bias, const OptionalTensor& plus, const Tensor& y) {
   const Conv3x3Plan plan = kernels.plan(shape, torch::stable::get_num_threads());
-  check(
-      packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
-      "packed must be what was made of a weight for such an x");
-  if (bias) {
-    check(
-        bias->scalar_type() == ScalarType::Float && bias->numel() == shape.out_channels,
-        "bias must be float32 (C_out,)");
-    bias = as_contiguous(*bias);
-  }
-  run(kernels, plan, floats(x), floats(packed), bias ? floats(*bias) : nullptr,
-      plus ? floats(*plus) : nullptr, static_cast<float*>(y.mutable_data_ptr()));
+  check(holds(packed, x.scalar_type(), plan), "packed must be what was made of a weight for such an x");
+  const Channels biases("bias", bias, shape.out_channels);
+  run(kernels, plan, x.const_data_ptr(), static_cast<const float*>(packed.const_data_ptr()), biases.at(0),
+      plus ? plus->const_data_ptr() : nullptr, y.mutable_data_ptr());
 }
 
 int64_t conv3x3_packed_size_cpu(
-    int64_t in_channels, int64_t out_channels, int64_t down, int64_t across, int64_t resize) {
-  return packed_size(kernels_of(down, across, resize), in_channels, out_channels);
+    int64_t in_channels, int64_t out_channels, int64_t down, int64_t across, ScalarType dtype,
+    int64_t resize) {
+  return packed_size(kernels_of(dtype, down, across, resize), in_channels, out_channels);
 }
 
 void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed, int64_t resize) {
-  pack(kernels_of(down, across, resize), weight, /*turned=*/false, packed);
+  pack(kernels_of(weight.scalar_type(), down, across, resize), weight, /*turned=*/false, packed);
 }
 
 Tensor conv3x3_packed_cpu(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
     int64_t across, int64_t resize, int64_t shift) {
-  check(
-      x.scalar_type() == ScalarType::Float && x.dim() == 4 && x.numel() > 0,
-      "x must be float32 (B, C, H, W) and not empty");
+  check(x.dim() == 4 && x.numel() > 0, "x must be (B, C, H, W) and not empty");
   check(out_channels > 0, "out_channels must be positive");
   const bool channels_last = is_channels_last(x);
   x = to_channels_last(x);
-  const Conv3x3Kernels& kernels = kernels_of(down, across, resize);
+  const Conv3x3Kernels& kernels = kernels_of(x.scalar_type(), down, across, resize);
   const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels, shift};
   const int64_t height = shape.resized(kernels.resize, x.size(2));
   const int64_t width = shape.resized(kernels.resize, x.size(3));
@@ -172,10 +189,12 @@ Tensor conv3x3_packed_cpu(
 
 Tensor packed_now(const Tensor& weight, bool turned, int64_t down, int64_t across) {
   check(weight.dim() == 4, "weight must be (C_out, C_in, 3, 3)");
-  const Conv3x3Kernels& kernels = kernels_of(down, across);
+  const Conv3x3Kernels& kernels = kernels_of(weight.scalar_type(), down, across);
   const Conv3x3Plan plan =
       kernels.plan({1, 1, 1, weight.size(turned ? 0 : 1), weight.size(turned ? 1 : 0)}, 1);
-  const Tensor packed = torch::stable::new_empty(weight, {plan.packed});
+  const int64_t size = weight.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(uint16_t);
+  const Tensor packed =
+      torch::stable::new_empty(weight, {plan.packed * static_cast<int64_t>(sizeof(float)) / size});
   pack(kernels, weight, turned, packed);
   return packed;
 }
@@ -196,26 +215,22 @@ Tensor conv3x3_input_gradient_cpu(Tensor grad, Tensor weight, int64_t down, int6
   return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across, 0, 0);
 }
 
-int64_t linear_packed_size_cpu(int64_t in_features, int64_t out_features) {
-  return packed_size(kernels_of(1, 1, 0, /*taps=*/1), in_features, out_features);
+int64_t linear_packed_size_cpu(int64_t in_features, int64_t out_features, ScalarType dtype) {
+  return packed_size(for_rows(dtype), in_features, out_features);
 }
 
 void linear_pack_cpu(Tensor weight, Tensor packed) {
-  check(
-      weight.scalar_type() == ScalarType::Float && weight.dim() == 2 && weight.numel() > 0,
-      "weight must be float32 (C_out, C_in)");
-  weight = as_contiguous(weight);
+  check(weight.dim() == 2 && weight.numel() > 0, "weight must be (C_out, C_in)");
+  const ScalarType dtype = weight.scalar_type();
+  const Conv3x3Kernels& kernels = for_rows(dtype);
+  weight = as_floats(as_contiguous(weight));
   const int64_t in_features = weight.size(1);
-  pack(
-      kernels_of(1, 1, 0, /*taps=*/1), {floats(weight), in_features, 1, 0}, in_features, weight.size(0),
-      packed);
+  pack(kernels, dtype, {floats(weight), in_features, 1, 0}, in_features, weight.size(0), packed);
 }
 
 Tensor linear_packed_cpu(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
-  check(
-      x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.numel() > 0,
-      "x must be float32 (N, C) and not empty");
+  check(x.dim() == 2 && x.numel() > 0, "x must be (N, C) and not empty");
   check(out_features > 0, "out_features must be positive");
   x = as_contiguous(x);
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
@@ -223,8 +238,7 @@ Tensor linear_packed_cpu(
     check_like("plus", *plus, y, "the result");
     plus = as_contiguous(*plus);
   }
-  convolve(
-      kernels_of(1, 1, 0, /*taps=*/1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+  convolve(for_rows(x.scalar_type()), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
   return y;
 }
 

@@ -5,6 +5,7 @@
 
 #if defined(__AMX_INT8__)
 #include "kernels/conv3x3_amx.h"
+#include "kernels/conv3x3_amx_direct.h"
 #else
 #include "kernels/conv3x3.h"
 #endif
@@ -83,10 +84,16 @@ void group_norm_backward_nchw_any(
 #if defined(__AMX_INT8__)
 template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
 using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps, kResize>;
+template <int kTaps>
+using DirectBFloat16 = Conv3x3AmxDirect<kTaps>;
 #else
 template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
 using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps, kResize>;
+template <int kTaps>
+using DirectBFloat16 = Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16>;
 #endif
+template <int kDown, int kAcross, Resize kResize = Resize::kNone>
+using WinogradBFloat16 = Conv3x3<kDown, kAcross, 3, kResize, BFloat16>;
 
 }  // namespace
 
@@ -110,6 +117,10 @@ const Kernels DDPM_FAST_ISA = {
      Conv3x3ByIsa<4, 4>::kKernels, Conv3x3ByIsa<1, 1, 1>::kKernels,
      Conv3x3ByIsa<2, 2, 3, Resize::kUp>::kKernels, Conv3x3ByIsa<1, 1, 3, Resize::kDown>::kKernels,
      Conv3x3ByIsa<2, 2, 3, Resize::kDown>::kKernels},
+    {DirectBFloat16<3>::kKernels, WinogradBFloat16<2, 2>::kKernels, WinogradBFloat16<4, 2>::kKernels,
+     WinogradBFloat16<4, 4>::kKernels, DirectBFloat16<1>::kKernels,
+     WinogradBFloat16<2, 2, Resize::kUp>::kKernels, WinogradBFloat16<1, 1, Resize::kDown>::kKernels,
+     WinogradBFloat16<2, 2, Resize::kDown>::kKernels},
     Conv3x3Gradient::kKernels,
     fingerprint,
 };

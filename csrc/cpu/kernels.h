@@ -79,7 +79,8 @@ struct Conv3x3Weight {
   T* at(int64_t k, int64_t c, int64_t tap) const { return first + k * step_k + c * step_c + tap * step_tap; }
 };
 
-// In tiles of down x across outputs. x, plus and y are channels last; bias and plus may be null.
+// In tiles of down x across outputs. x, plus and y are channels last, all float32 or all bfloat16; bias and
+// plus may be null.
 struct Conv3x3Kernels {
   int64_t taps, down, across;  // taps: 3, or 1 for a linear layer on the pixels
   Resize resize;
@@ -91,11 +92,11 @@ struct Conv3x3Kernels {
       float* scratch);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
-      const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      const Conv3x3Plan&, const void* x, int64_t block, int64_t first, int64_t last, float* transformed,
       float* scratch);
   void (*run)(
-      const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const float* plus,
-      float* y, int64_t block, int64_t first, int64_t last, float* products);
+      const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const void* plus,
+      void* y, int64_t block, int64_t first, int64_t last, float* products);
 };
 
 // The gradients to its weight and bias: sums over blocks of tiles of `plan`, whose `transformed`, `products`
@@ -161,7 +162,7 @@ struct Kernels {
       Dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&, const GroupNormGradients&, float* scratch);
 
-  Conv3x3Kernels conv3x3[8];
+  Conv3x3Kernels conv3x3[8], conv3x3_bfloat16[8];
   Conv3x3GradientKernels conv3x3_gradient;
 
   uint64_t (*fingerprint)(const void* data, int64_t bytes);

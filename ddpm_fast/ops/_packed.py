@@ -11,13 +11,16 @@ Operands = dict[str, tuple[Tensor | None, tuple[int, ...]]]
 """By name: what is given, and the shape that it must have."""
 
 
-def on_a_huge_page(floats: int) -> Tensor:
-    """Memory that starts with one, if it fills one; what lies before it is never touched, and takes none."""
+def on_a_huge_page(floats: int, dtype: torch.dtype) -> Tensor:
+    """Memory that starts with one, if it fills one; what lies before it is never touched, and takes none.
+
+    So many floats of it, in a dtype that says what they are for.
+    """
     page = 2**21 // 4
     if floats < page:
-        return torch.empty(floats)
+        return torch.empty(floats).view(dtype)
     memory = torch.empty(floats + page)
-    return memory.narrow(0, -(memory.data_ptr() // 4) % page, floats)
+    return memory.narrow(0, -(memory.data_ptr() // 4) % page, floats).view(dtype)
 
 
 def check_operands(x: Tensor, operands: Operands) -> None:

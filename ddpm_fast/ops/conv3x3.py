@@ -133,8 +133,10 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2", resize: str | None = Non
     choose("conv3x3", "native", weight)
     out_channels, in_channels = weight.shape[:2]
     kind = _number(resize)
-    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(in_channels, out_channels, down, across, kind)
-    packed = on_a_huge_page(size)
+    size = torch.ops.ddpm_fast.conv3x3_packed_size.default(
+        in_channels, out_channels, down, across, weight.dtype, kind
+    )
+    packed = on_a_huge_page(size, weight.dtype)
     torch.ops.ddpm_fast.conv3x3_pack.default(weight.detach(), down, across, packed, kind)
     return PackedConv3x3(packed, in_channels, out_channels, algorithm, resize)
 
@@ -272,7 +274,7 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     has_bias, has_plus = ctx.given
     d_plus = grad if has_plus else None
-    if not runs_native("conv3x3", x):
+    if x.dtype != torch.float32 or not runs_native("conv3x3", x):
         mask = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
         return *_eager_backward(grad, x, weight, mask), d_plus, None, None
     d_x = d_weight = d_bias = None
@@ -307,7 +309,8 @@ define(
     file="conv3x3",
 )
 LIBRARY.define(
-    "conv3x3_packed_size(int in_channels, int out_channels, int down, int across, int resize=0) -> int"
+    "conv3x3_packed_size(int in_channels, int out_channels, int down, int across, ScalarType dtype, "
+    "int resize=0) -> int"
 )
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed, int resize=0) -> ()")
 LIBRARY.define(

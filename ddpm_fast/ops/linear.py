@@ -38,7 +38,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
         raise ValueError(f"weight must be (C_out, C_in) and not empty, got {describe(weight)}")
     choose("linear", "native", weight)
     out_features, in_features = weight.shape
-    packed = on_a_huge_page(torch.ops.ddpm_fast.linear_packed_size.default(in_features, out_features))
+    size = torch.ops.ddpm_fast.linear_packed_size.default(in_features, out_features, weight.dtype)
+    packed = on_a_huge_page(size, weight.dtype)
     torch.ops.ddpm_fast.linear_pack.default(weight.detach(), packed)
     return PackedLinear(packed, in_features, out_features)
 
@@ -84,7 +85,7 @@ def _fake(x, packed, bias, plus, out_features):
     return x.new_empty(x.shape[0], out_features)
 
 
-LIBRARY.define("linear_packed_size(int in_features, int out_features) -> int")
+LIBRARY.define("linear_packed_size(int in_features, int out_features, ScalarType dtype) -> int")
 LIBRARY.define("linear_pack(Tensor weight, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "linear_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_features) -> Tensor"

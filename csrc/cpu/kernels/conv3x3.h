@@ -32,7 +32,8 @@ inline int64_t tiles_in(const Conv3x3Plan& plan, int64_t block) {
 }
 
 // The convolution in tiles of kDown x kAcross outputs; with one tap it is a linear layer on the pixels.
-template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
+// T: what x, plus and y are of; everything between is float32.
+template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone, typename T = float>
 struct Conv3x3 {
   using Down = Winograd<kDown, kTaps, kResize>;
   using Across = Winograd<kAcross, kTaps, kResize>;
@@ -120,11 +121,11 @@ struct Conv3x3 {
 
   // Calls put(position, channel, v) with a tile's transformed inputs, of kLanes channels at once.
   template <typename Put>
-  static inline void each_input(const Conv3x3Plan& plan, const float* x, int64_t tile, const Put& put) {
+  static inline void each_input(const Conv3x3Plan& plan, const T* x, int64_t tile, const Put& put) {
     const int64_t channels = plan.in_channels;
     const Tile at = tile_at(plan, tile);
     const int64_t first_row = first_input(plan, at.row), first_column = first_input(plan, at.column);
-    const float* pixels[kRows][kColumns];  // null where they are padding
+    const T* pixels[kRows][kColumns];  // null where they are padding
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
         const int64_t row = first_row + i, column = first_column + j;
@@ -153,13 +154,14 @@ struct Conv3x3 {
   }
 
   static void transform(
-      const Conv3x3Plan& plan, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      const Conv3x3Plan& plan, const void* x, int64_t block, int64_t first, int64_t last, float* transformed,
       float*) {
     const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
     for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
-      each_input(plan, x, block * plan.block + tile, [&](int position, int64_t c, Float v) {
-        store(transformed + position * stride + c * plan.block + tile * kLanes, v);
-      });
+      each_input(
+          plan, static_cast<const T*>(x), block * plan.block + tile, [&](int position, int64_t c, Float v) {
+            store(transformed + position * stride + c * plan.block + tile * kLanes, v);
+          });
     }
   }
 
@@ -214,8 +216,8 @@ struct Conv3x3 {
   // ---- outputs ----
 
   static inline void write(
-      const Conv3x3Plan& plan, const float* products, const float* bias, const float* plus, float* y,
-      int64_t block, int64_t panel) {
+      const Conv3x3Plan& plan, const float* products, const float* bias, const T* plus, T* y, int64_t block,
+      int64_t panel) {
     const int64_t tiles = tiles_in(plan, block);
     const int64_t stride = products_stride(plan), channels = plan.out_channels;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -256,11 +258,11 @@ struct Conv3x3 {
 
   static void run(
       const Conv3x3Plan& plan, const float* transformed, const float* packed, const float* bias,
-      const float* plus, float* y, int64_t block, int64_t first, int64_t last, float* products) {
+      const void* plus, void* y, int64_t block, int64_t first, int64_t last, float* products) {
     const int64_t tiles = tiles_in(plan, block);
     for (int64_t panel = first; panel < last; ++panel) {
       multiply(plan, transformed, packed + panel * plan.panel_size, tiles, products);
-      write(plan, products, bias, plus, y, block, panel);
+      write(plan, products, bias, static_cast<const T*>(plus), static_cast<T*>(y), block, panel);
     }
   }
 

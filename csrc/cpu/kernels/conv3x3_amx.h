@@ -76,7 +76,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
   }
 
   static void transform(
-      const Conv3x3Plan& plan, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      const Conv3x3Plan& plan, const void* x, int64_t block, int64_t first, int64_t last, float* transformed,
       float* scratch) {
     if (is_narrow(plan)) return Base::transform(plan, x, block, first, last, transformed, scratch);
     const int64_t channels = depth(plan) * kDepth, tiles = tiles_in(plan, block);
@@ -86,10 +86,12 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     }
     for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
       Magnitude largest[ceil_div(kPositions, 16)][16];
-      Base::each_input(plan, x, block * plan.block + tile, [&](int position, int64_t c, Float v) {
-        largest[position / 16][position % 16].see(v);
-        store(scratch + position * channels + c, v);
-      });
+      Base::each_input(
+          plan, static_cast<const float*>(x), block * plan.block + tile,
+          [&](int position, int64_t c, Float v) {
+            largest[position / 16][position % 16].see(v);
+            store(scratch + position * channels + c, v);
+          });
       for (int position = 0; position < kPositions; position += 16) {
         const Scale scale(largest_of(largest[position / 16]));
         for (int k = 0; k < 16 && position + k < kPositions; ++k) {
@@ -147,7 +149,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
 
   static void run(
       const Conv3x3Plan& plan, const float* transformed, const float* packed, const float* bias,
-      const float* plus, float* y, int64_t block, int64_t first, int64_t last, float* products) {
+      const void* plus, void* y, int64_t block, int64_t first, int64_t last, float* products) {
     if (is_narrow(plan)) {
       return Base::run(plan, transformed, packed, bias, plus, y, block, first, last, products);
     }
@@ -155,7 +157,8 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     const int64_t tiles = tiles_in(plan, block);
     for (int64_t panel = first; panel < last; ++panel) {
       multiply(plan, transformed, packed + panel * plan.panel_size, tiles, products);
-      Base::write(plan, products, bias, plus, y, block, panel);
+      Base::write(
+          plan, products, bias, static_cast<const float*>(plus), static_cast<float*>(y), block, panel);
     }
   }
 
