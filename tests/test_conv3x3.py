@@ -34,6 +34,7 @@ from ddpm_fast.ops.conv3x3 import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 POINTS = {1: None, 2: (0, 1, -1), 4: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}  # and infinity, by outputs of a tile
+DTYPES = [torch.float32, torch.bfloat16]  # that the kernels take
 SHAPES = [  # (B, C, K, H, W)
     (1, 3, 128, 7, 5),
     (3, 33, 3, 1, 1),
@@ -141,10 +142,30 @@ def test_against_float64(shape, algorithm, given, layout, generator, poisoned):
     assert got.stride() == got.contiguous(memory_format=reference.memory_format(inputs["x"])).stride()
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["bias-and-plus", "plain"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_against_float64(shape, algorithm, given, generator, poisoned):
+    """Products and sums are in float32: no tile is allowed any growth, and no element a second rounding."""
+    inputs = make(shape, generator, dtype=torch.bfloat16, given=given)
+    inputs = channels_last(inputs) if given else inputs
+    got = ops.conv3x3(**inputs, algorithm=algorithm, backend="native")
+    check_error(got, inputs, "direct")
+    exact = reference.conv3x3(**upcast(inputs))
+    assert ((got - exact).abs() <= 2**-8 * exact.abs() + 8e-6 * exact.abs().max()).all()
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_large_mean_with_a_tiny_variance(algorithm, generator):
     for mean in (1e4, -1e4):
         inputs = make((2, 96, 33, 9, 13), generator, mean=mean, std=1e-2)
+        check_error(ops.conv3x3(**inputs, algorithm=algorithm, backend="native"), inputs, algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bfloat16_of_a_large_mean(algorithm, generator):
+    for mean in (1e4, -1e4):
+        inputs = make((2, 96, 33, 9, 13), generator, dtype=torch.bfloat16, mean=mean, std=128)
         check_error(ops.conv3x3(**inputs, algorithm=algorithm, backend="native"), inputs, algorithm)
 
 
@@ -159,10 +180,11 @@ def test_the_error_of_a_wide_layer(algorithm, bound, generator):
     assert error <= bound
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_packed_is_the_same_to_the_bit(algorithm, generator, poisoned):
+def test_packed_is_the_same_to_the_bit(algorithm, dtype, generator, poisoned):
     for shape in ((3, 33, 96, 9, 7), (1, 256, 256, 4, 4)):  # the second fills a huge page
-        inputs = channels_last(make(shape, generator))
+        inputs = channels_last(make(shape, generator, dtype=dtype))
         expected = ops.conv3x3(**inputs, algorithm=algorithm, backend="native")
         packed = ops.pack_conv3x3(inputs.pop("weight"), algorithm)
         assert torch.equal(
@@ -170,9 +192,10 @@ def test_packed_is_the_same_to_the_bit(algorithm, generator, poisoned):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_image_is_the_same_in_any_batch_and_with_any_threads(algorithm, generator):
-    inputs = channels_last(make((5, 33, 96, 17, 19), generator))
+def test_an_image_is_the_same_in_any_batch_and_with_any_threads(algorithm, dtype, generator):
+    inputs = channels_last(make((5, 100, 96, 17, 19), generator, dtype=dtype))
     run = {"algorithm": algorithm, "backend": "native"}
     expected = ops.conv3x3(**inputs, **run)
     alone = {name: v[3:4] if name in ("x", "plus") else v for name, v in inputs.items()}
@@ -186,10 +209,11 @@ def test_an_image_is_the_same_in_any_batch_and_with_any_threads(algorithm, gener
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, generator):
-    inputs = channels_last(make((2, 96, 40, 16, 16), generator))
+def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, dtype, generator):
+    inputs = channels_last(make((2, 96, 40, 16, 16), generator, dtype=dtype))
     run = {"algorithm": algorithm, "backend": "native"}
     expected = ops.conv3x3(**inputs, **run)
     inputs["x"][1, 70, 6, 9] = value
@@ -204,16 +228,17 @@ def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, generator):
 
 
 def test_calls_at_once_share_nothing(generator, one_thread):
-    cases = [channels_last(make(shape, generator)) for shape in SHAPES]
-    cases = list(itertools.product(cases, ALGORITHMS)) * 3
+    cases = [channels_last(make(shape, generator, dtype=dtype)) for shape in SHAPES for dtype in DTYPES]
+    cases = list(itertools.product(cases, ALGORITHMS)) * 2
     expected = [ops.conv3x3(**inputs, algorithm=algorithm, backend="native") for inputs, algorithm in cases]
     with ThreadPoolExecutor(4) as pool:
         got = pool.map(lambda case: ops.conv3x3(**case[0], algorithm=case[1], backend="native"), cases)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
-def test_a_weight_in_another_layout(generator):
-    inputs = make((2, 33, 40, 5, 9), generator)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_in_another_layout(dtype, generator):
+    inputs = make((2, 33, 40, 5, 9), generator, dtype=dtype)
     expected = ops.conv3x3(**inputs, backend="native")
     inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
     assert torch.equal(ops.conv3x3(**inputs, backend="native"), expected)
@@ -222,7 +247,7 @@ def test_a_weight_in_another_layout(generator):
 # ---- other dtypes, gradients, tracing ----
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_are_the_references(dtype, generator):
     inputs = make((2, 33, 40, 5, 9), generator, dtype=dtype)
     got = ops.conv3x3(**inputs)
@@ -271,6 +296,14 @@ def test_gradients(backend, shape, generator):
             assert size(g - e) <= allowed, f"{name}: {size(g - e):.3g} > {allowed:.3g}"
 
 
+def test_gradients_in_bfloat16_are_pytorch_s_own(generator):
+    inputs = channels_last(make((2, 40, 33, 6, 9), generator, dtype=torch.bfloat16))
+    leaves = [v.requires_grad_() for v in inputs.values()]
+    got = torch.autograd.grad(ops.conv3x3(**inputs, algorithm="direct").sum(), leaves)
+    for g, e in zip(got, torch.autograd.grad(eager(**inputs).sum(), leaves), strict=True):
+        assert torch.equal(g, e)
+
+
 def test_gradients_are_the_same_with_any_number_of_threads(generator, one_thread):
     x, weight, grad = (
         torch.randn(s, generator=generator) for s in ((70, 40, 8, 8), (33, 40, 3, 3), (70, 33, 8, 8))
@@ -282,6 +315,18 @@ def test_gradients_are_the_same_with_any_number_of_threads(generator, one_thread
         found[-1] += (torch.ops.ddpm_fast.conv3x3_input_gradient(grad, weight, 4, 4),)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_opcheck_in_bfloat16(generator):
+    inputs = channels_last(make((2, 40, 33, 6, 9), generator, dtype=torch.bfloat16))
+    packed = ops.pack_conv3x3(inputs["weight"], "direct").weight
+    assert packed.dtype == torch.bfloat16
+    operands = inputs["x"], packed, inputs["bias"], inputs["plus"], 33, 1, 1
+    torch.library.opcheck(torch.ops.ddpm_fast.conv3x3_packed.default, operands)
+    torch.library.opcheck(
+        torch.ops.ddpm_fast.conv3x3_pack.default, (inputs["weight"], 1, 1, torch.empty_like(packed))
+    )
+    torch.library.opcheck(torch.ops.ddpm_fast.conv3x3.default, (*inputs.values(), 1, 1))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -352,8 +397,12 @@ def test_bad_input_to_a_packed_weight():
         ops.conv3x3_packed(x[:, :2], packed)
     with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*float64"):
         ops.conv3x3_packed(x.double(), packed)
-    with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*bfloat16"):
-        ops.pack_conv3x3(weight.bfloat16())
+    with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*float16"):
+        ops.pack_conv3x3(weight.half())
+    with pytest.raises(ValueError, match="packed must be what was made"):
+        ops.conv3x3_packed(x.bfloat16(), packed)
+    with pytest.raises(ValueError, match="packed must be in the weight's dtype"):
+        torch.ops.ddpm_fast.conv3x3_pack(weight.bfloat16(), 2, 2, packed.weight)
     with pytest.raises(ValueError, match=r"weight must be \(C_out, C_in, 3, 3\)"):
         ops.pack_conv3x3(torch.zeros(4, 3, 1, 1))
     with pytest.raises(ValueError, match="a packed weight does not have: use conv3x3"):
