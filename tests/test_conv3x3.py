@@ -442,10 +442,13 @@ PROGRAM = """
 #include <unistd.h>
 
 #include "kernels/conv3x3_amx.h"
+#include "kernels/conv3x3_amx_direct.h"
 #define CONV3X3 Conv3x3Amx
+#define DIRECT_BFLOAT16 Conv3x3AmxDirect<3>
 #else
 #include "kernels/conv3x3.h"
 #define CONV3X3 Conv3x3
+#define DIRECT_BFLOAT16 Conv3x3<1, 1, 3, BFloat16>
 #endif
 #include "kernels/conv3x3_gradient.h"
 
@@ -466,6 +469,17 @@ Floats floats(int64_t count, uint32_t seed) {
   return made;
 }
 
+// Rounded to T, as which they are given too.
+template <typename T>
+std::unique_ptr<T[]> rounded(const Floats& values, int64_t count) {
+  std::unique_ptr<T[]> made(new T[count]);
+  for (int64_t k = 0; k < count; ++k) {
+    store(&made[k], load(&values[k], 1), 1);
+    values[k] = load(&made[k], 1)[0];
+  }
+  return made;
+}
+
 double direct(
     const Conv3x3Shape& s, const float* x, const float* w, int64_t b, int64_t k, int64_t r, int64_t c) {
   double sum = 0;
@@ -482,9 +496,8 @@ double direct(
   return sum;
 }
 
-template <int kDown, int kAcross>
-void check(const Conv3x3Shape& s, bool given) {
-  constexpr Conv3x3Kernels kernels = CONV3X3<kDown, kAcross>::kKernels;
+template <typename T>
+void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
   const int64_t pixels = s.batch * s.height * s.width;
   const Floats x = floats(pixels * s.in_channels, 1), w = floats(9 * s.in_channels * s.out_channels, 2);
@@ -492,21 +505,26 @@ void check(const Conv3x3Shape& s, bool given) {
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats scratch = floats(32 * plan.scratch, 9);
   const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
+  const auto x_given = rounded<T>(x, pixels * s.in_channels);
+  const auto plus_given = rounded<T>(plus, pixels * s.out_channels);
+  const auto y_given = rounded<T>(y, pixels * s.out_channels);
+  rounded<T>(w, 9 * s.in_channels * s.out_channels);
   kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get(), scratch.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    kernels.transform(plan, x.get(), block, 0, plan.block, transformed.get(), scratch.get());
+    kernels.transform(plan, x_given.get(), block, 0, plan.block, transformed.get(), scratch.get());
     kernels.run(
         plan, transformed.get(), packed.get(), given ? bias.get() : nullptr,
-        given ? plus.get() : nullptr, y.get(), block, 0, plan.panels, products.get());
+        given ? plus_given.get() : nullptr, y_given.get(), block, 0, plan.panels, products.get());
   }
   for (int64_t at = 0; at < pixels * s.out_channels; ++at) {
     const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % s.width;
     const int64_t r = pixel / s.width % s.height, b = pixel / s.width / s.height;
     const double exact = direct(s, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
-    if (!(std::abs(y[at] - exact) < 1e-5 * (9 * s.in_channels + 2))) {
+    const double got = load(&y_given[at], 1)[0], rounding = sizeof(T) == 2 ? std::abs(exact) / 256 : 0;
+    if (!(std::abs(got - exact) < 1e-5 * (9 * s.in_channels + 2) + rounding)) {
       std::printf(
-          "%d x %d, %ld %ld %ld %ld %ld: %g, not %g\\n", kDown, kAcross, (long)s.batch, (long)s.height,
-          (long)s.width, (long)s.in_channels, (long)s.out_channels, y[at], exact);
+          "%ld x %ld, %ld %ld %ld %ld %ld: %g, not %g\\n", (long)kernels.down, (long)kernels.across,
+          (long)s.batch, (long)s.height, (long)s.width, (long)s.in_channels, (long)s.out_channels, got, exact);
       std::exit(1);
     }
   }
@@ -555,7 +573,7 @@ int main() {
 RUNS
 #if defined(__AMX_INT8__)
   unsigned a, b, c, d;
-  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 3) == 3;
   if (!has || syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 77;
 #endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
@@ -569,10 +587,12 @@ RUNS
       for (const int64_t batch : {1, 3}) {
         const Conv3x3Shape shape = {side[0] > 8 ? 1 : batch, side[0], side[1], c[0], c[1]};
         const bool given = batch == 1;
-        check<1, 1>(shape, given);
-        check<2, 2>(shape, given);
-        check<4, 2>(shape, given);
-        check<4, 4>(shape, given);
+        check<float>(CONV3X3<1, 1>::kKernels, shape, given);
+        check<float>(CONV3X3<2, 2>::kKernels, shape, given);
+        check<float>(CONV3X3<4, 2>::kKernels, shape, given);
+        check<float>(CONV3X3<4, 4>::kKernels, shape, given);
+        check<BFloat16>(DIRECT_BFLOAT16::kKernels, shape, given);
+        check<BFloat16>(Conv3x3<4, 4, 3, BFloat16>::kKernels, shape, given);
         if (c[0] * c[1] < 1000) check_gradient(shape);
       }
     }
