@@ -35,6 +35,7 @@ from ddpm_fast.ops.conv3x3 import ALGORITHMS, RESIZES
 
 ROOT = Path(__file__).parents[1]
 POINTS = {1: None, 2: (0, 1, -1), 4: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}  # and infinity, by outputs of a tile
+DTYPES = [torch.float32, torch.bfloat16]  # that the kernels take
 SHAPES = [  # (B, C, K, H, W)
     (1, 3, 128, 7, 5),
     (3, 33, 3, 1, 1),
@@ -213,10 +214,30 @@ def test_resizing_an_image_is_the_same_in_any_batch_and_with_any_threads(
         assert torch.equal(ops.conv3x3_packed(inputs["x"], packed, padding=padding), expected)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["bias-and-plus", "plain"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_against_float64(shape, algorithm, given, generator, poisoned):
+    """Products and sums are in float32: no tile is allowed any growth, and no element a second rounding."""
+    inputs = make(shape, generator, dtype=torch.bfloat16, given=given)
+    inputs = channels_last(inputs) if given else inputs
+    got = ops.conv3x3(**inputs, algorithm=algorithm, backend="native")
+    check_error(got, inputs, "direct")
+    exact = reference.conv3x3(**upcast(inputs))
+    assert ((got - exact).abs() <= 2**-8 * exact.abs() + 8e-6 * exact.abs().max()).all()
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_large_mean_with_a_tiny_variance(algorithm, generator):
     for mean in (1e4, -1e4):
         inputs = make((2, 96, 33, 9, 13), generator, mean=mean, std=1e-2)
+        check_error(ops.conv3x3(**inputs, algorithm=algorithm, backend="native"), inputs, algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bfloat16_of_a_large_mean(algorithm, generator):
+    for mean in (1e4, -1e4):
+        inputs = make((2, 96, 33, 9, 13), generator, dtype=torch.bfloat16, mean=mean, std=128)
         check_error(ops.conv3x3(**inputs, algorithm=algorithm, backend="native"), inputs, algorithm)
 
 
@@ -231,10 +252,11 @@ def test_the_error_of_a_wide_layer(algorithm, bound, generator):
     assert error <= bound
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_packed_is_the_same_to_the_bit(algorithm, generator, poisoned):
+def test_packed_is_the_same_to_the_bit(algorithm, dtype, generator, poisoned):
     for shape in ((3, 33, 96, 9, 7), (1, 256, 256, 4, 4)):  # the second fills a huge page
-        inputs = channels_last(make(shape, generator))
+        inputs = channels_last(make(shape, generator, dtype=dtype))
         expected = ops.conv3x3(**inputs, algorithm=algorithm, backend="native")
         packed = ops.pack_conv3x3(inputs.pop("weight"), algorithm)
         assert torch.equal(
@@ -242,9 +264,10 @@ def test_packed_is_the_same_to_the_bit(algorithm, generator, poisoned):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_image_is_the_same_in_any_batch_and_with_any_threads(algorithm, generator):
-    inputs = channels_last(make((5, 33, 96, 17, 19), generator))
+def test_an_image_is_the_same_in_any_batch_and_with_any_threads(algorithm, dtype, generator):
+    inputs = channels_last(make((5, 100, 96, 17, 19), generator, dtype=dtype))
     run = {"algorithm": algorithm, "backend": "native"}
     expected = ops.conv3x3(**inputs, **run)
     alone = {name: v[3:4] if name in ("x", "plus") else v for name, v in inputs.items()}
@@ -258,10 +281,11 @@ def test_an_image_is_the_same_in_any_batch_and_with_any_threads(algorithm, gener
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, generator):
-    inputs = channels_last(make((2, 96, 40, 16, 16), generator))
+def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, dtype, generator):
+    inputs = channels_last(make((2, 96, 40, 16, 16), generator, dtype=dtype))
     run = {"algorithm": algorithm, "backend": "native"}
     expected = ops.conv3x3(**inputs, **run)
     inputs["x"][1, 70, 6, 9] = value
@@ -276,16 +300,17 @@ def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, generator):
 
 
 def test_calls_at_once_share_nothing(generator, one_thread):
-    cases = [channels_last(make(shape, generator)) for shape in SHAPES]
-    cases = list(itertools.product(cases, ALGORITHMS)) * 3
+    cases = [channels_last(make(shape, generator, dtype=dtype)) for shape in SHAPES for dtype in DTYPES]
+    cases = list(itertools.product(cases, ALGORITHMS)) * 2
     expected = [ops.conv3x3(**inputs, algorithm=algorithm, backend="native") for inputs, algorithm in cases]
     with ThreadPoolExecutor(4) as pool:
         got = pool.map(lambda case: ops.conv3x3(**case[0], algorithm=case[1], backend="native"), cases)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
-def test_a_weight_in_another_layout(generator):
-    inputs = make((2, 33, 40, 5, 9), generator)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_in_another_layout(dtype, generator):
+    inputs = make((2, 33, 40, 5, 9), generator, dtype=dtype)
     expected = ops.conv3x3(**inputs, backend="native")
     inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
     assert torch.equal(ops.conv3x3(**inputs, backend="native"), expected)
@@ -294,7 +319,7 @@ def test_a_weight_in_another_layout(generator):
 # ---- other dtypes, gradients, tracing ----
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_are_the_references(dtype, generator):
     inputs = make((2, 33, 40, 5, 9), generator, dtype=dtype)
     got = ops.conv3x3(**inputs)
@@ -343,6 +368,14 @@ def test_gradients(backend, shape, generator):
             assert size(g - e) <= allowed, f"{name}: {size(g - e):.3g} > {allowed:.3g}"
 
 
+def test_gradients_in_bfloat16_are_pytorch_s_own(generator):
+    inputs = channels_last(make((2, 40, 33, 6, 9), generator, dtype=torch.bfloat16))
+    leaves = [v.requires_grad_() for v in inputs.values()]
+    got = torch.autograd.grad(ops.conv3x3(**inputs, algorithm="direct").sum(), leaves)
+    for g, e in zip(got, torch.autograd.grad(eager(**inputs).sum(), leaves), strict=True):
+        assert torch.equal(g, e)
+
+
 def test_gradients_are_the_same_with_any_number_of_threads(generator, one_thread):
     x, weight, grad = (
         torch.randn(s, generator=generator) for s in ((70, 40, 8, 8), (33, 40, 3, 3), (70, 33, 8, 8))
@@ -354,6 +387,18 @@ def test_gradients_are_the_same_with_any_number_of_threads(generator, one_thread
         found[-1] += (torch.ops.ddpm_fast.conv3x3_input_gradient(grad, weight, 4, 4),)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_opcheck_in_bfloat16(generator):
+    inputs = channels_last(make((2, 40, 33, 6, 9), generator, dtype=torch.bfloat16))
+    packed = ops.pack_conv3x3(inputs["weight"], "direct").weight
+    assert packed.dtype == torch.bfloat16
+    operands = inputs["x"], packed, inputs["bias"], inputs["plus"], 33, 1, 1
+    torch.library.opcheck(torch.ops.ddpm_fast.conv3x3_packed.default, operands)
+    torch.library.opcheck(
+        torch.ops.ddpm_fast.conv3x3_pack.default, (inputs["weight"], 1, 1, torch.empty_like(packed))
+    )
+    torch.library.opcheck(torch.ops.ddpm_fast.conv3x3.default, (*inputs.values(), 1, 1))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -436,8 +481,12 @@ def test_bad_input_to_a_packed_weight():
         ops.conv3x3_packed(x[:, :2], packed)
     with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*float64"):
         ops.conv3x3_packed(x.double(), packed)
-    with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*bfloat16"):
-        ops.pack_conv3x3(weight.bfloat16())
+    with pytest.raises(RuntimeError, match=r"conv3x3 kernel takes .*float32, not .*float16"):
+        ops.pack_conv3x3(weight.half())
+    with pytest.raises(ValueError, match="packed must be what was made"):
+        ops.conv3x3_packed(x.bfloat16(), packed)
+    with pytest.raises(ValueError, match="packed must be in the weight's dtype"):
+        torch.ops.ddpm_fast.conv3x3_pack(weight.bfloat16(), 2, 2, packed.weight)
     with pytest.raises(ValueError, match=r"weight must be \(C_out, C_in, 3, 3\)"):
         ops.pack_conv3x3(torch.zeros(4, 3, 1, 1))
     with pytest.raises(ValueError, match="a packed weight does not have: use conv3x3"):
@@ -501,10 +550,13 @@ PROGRAM = """
 #include <unistd.h>
 
 #include "kernels/conv3x3_amx.h"
+#include "kernels/conv3x3_amx_direct.h"
 #define CONV3X3 Conv3x3Amx
+#define DIRECT_BFLOAT16 Conv3x3AmxDirect<3>
 #else
 #include "kernels/conv3x3.h"
 #define CONV3X3 Conv3x3
+#define DIRECT_BFLOAT16 Conv3x3<1, 1, 3, BFloat16>
 #endif
 #include "kernels/conv3x3_gradient.h"
 
@@ -521,6 +573,17 @@ Floats floats(int64_t count, uint32_t seed) {
   for (int64_t k = 0; k < count; ++k) {
     seed = seed * 1664525u + 1013904223u;
     made[k] = static_cast<float>(seed >> 8) / (1 << 23) - 1;
+  }
+  return made;
+}
+
+// Rounded to T, as which they are given too.
+template <typename T>
+std::unique_ptr<T[]> rounded(const Floats& values, int64_t count) {
+  std::unique_ptr<T[]> made(new T[count]);
+  for (int64_t k = 0; k < count; ++k) {
+    store(&made[k], load(&values[k], 1), 1);
+    values[k] = load(&made[k], 1)[0];
   }
   return made;
 }
@@ -543,9 +606,8 @@ double direct(
   return sum;
 }
 
-template <int kDown, int kAcross, Resize kResize = Resize::kNone>
-void check(const Conv3x3Shape& s, bool given) {
-  constexpr Conv3x3Kernels kernels = CONV3X3<kDown, kAcross, 3, kResize>::kKernels;
+template <typename T>
+void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
   const int64_t height = plan.out_height, width = plan.out_width, pixels = s.batch * height * width;
   const Floats x = floats(s.batch * s.height * s.width * s.in_channels, 1);
@@ -554,21 +616,27 @@ void check(const Conv3x3Shape& s, bool given) {
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats scratch = floats(32 * plan.scratch, 9);
   const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
+  const auto x_given = rounded<T>(x, s.batch * s.height * s.width * s.in_channels);
+  const auto plus_given = rounded<T>(plus, pixels * s.out_channels);
+  const auto y_given = rounded<T>(y, pixels * s.out_channels);
+  rounded<T>(w, 9 * s.in_channels * s.out_channels);
   kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get(), scratch.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    kernels.transform(plan, x.get(), block, 0, plan.block, transformed.get(), scratch.get());
+    kernels.transform(plan, x_given.get(), block, 0, plan.block, transformed.get(), scratch.get());
     kernels.run(
         plan, transformed.get(), packed.get(), given ? bias.get() : nullptr,
-        given ? plus.get() : nullptr, y.get(), block, 0, plan.panels, products.get());
+        given ? plus_given.get() : nullptr, y_given.get(), block, 0, plan.panels, products.get());
   }
   for (int64_t at = 0; at < pixels * s.out_channels; ++at) {
     const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % width;
     const int64_t r = pixel / width % height, b = pixel / width / height;
-    const double exact = direct(s, kResize, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
-    if (!(std::abs(y[at] - exact) < 1e-5 * (9 * s.in_channels + 2))) {
+    const double exact =
+        direct(s, kernels.resize, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
+    const double got = load(&y_given[at], 1)[0], rounding = sizeof(T) == 2 ? std::abs(exact) / 256 : 0;
+    if (!(std::abs(got - exact) < 1e-5 * (9 * s.in_channels + 2) + rounding)) {
       std::printf(
-          "%d x %d, %ld %ld %ld %ld %ld: %g, not %g\\n", kDown, kAcross, (long)s.batch, (long)s.height,
-          (long)s.width, (long)s.in_channels, (long)s.out_channels, y[at], exact);
+          "%ld x %ld, %ld %ld %ld %ld %ld: %g, not %g\\n", (long)kernels.down, (long)kernels.across,
+          (long)s.batch, (long)s.height, (long)s.width, (long)s.in_channels, (long)s.out_channels, got, exact);
       std::exit(1);
     }
   }
@@ -617,7 +685,7 @@ int main() {
 RUNS
 #if defined(__AMX_INT8__)
   unsigned a, b, c, d;
-  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 3) == 3;
   if (!has || syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 77;
 #endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
@@ -633,17 +701,19 @@ RUNS
         Conv3x3Shape padded_last = shape;
         padded_last.shift = 1;
         const bool given = batch == 1;
-        check<1, 1>(shape, given);
-        check<2, 2>(shape, given);
-        check<4, 2>(shape, given);
-        check<4, 4>(shape, given);
+        check<float>(CONV3X3<1, 1>::kKernels, shape, given);
+        check<float>(CONV3X3<2, 2>::kKernels, shape, given);
+        check<float>(CONV3X3<4, 2>::kKernels, shape, given);
+        check<float>(CONV3X3<4, 4>::kKernels, shape, given);
+        check<BFloat16>(DIRECT_BFLOAT16::kKernels, shape, given);
+        check<BFloat16>(Conv3x3<4, 4, 3, Resize::kNone, BFloat16>::kKernels, shape, given);
         if (c[0] * c[1] < 1000) check_gradient(shape);
-        check<2, 2, Resize::kUp>(shape, given);
-        check<1, 1, Resize::kDown>(shape, given);
-        check<2, 2, Resize::kDown>(shape, given);
+        check<float>(CONV3X3<2, 2, 3, Resize::kUp>::kKernels, shape, given);
+        check<float>(CONV3X3<1, 1, 3, Resize::kDown>::kKernels, shape, given);
+        check<float>(CONV3X3<2, 2, 3, Resize::kDown>::kKernels, shape, given);
         if (side[0] < 2) continue;
-        check<1, 1, Resize::kDown>(padded_last, given);
-        check<2, 2, Resize::kDown>(padded_last, given);
+        check<float>(CONV3X3<1, 1, 3, Resize::kDown>::kKernels, padded_last, given);
+        check<float>(CONV3X3<2, 2, 3, Resize::kDown>::kKernels, padded_last, given);
       }
     }
   }
