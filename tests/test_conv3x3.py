@@ -556,7 +556,7 @@ PROGRAM = """
 #else
 #include "kernels/conv3x3.h"
 #define CONV3X3 Conv3x3
-#define DIRECT_BFLOAT16 Conv3x3<1, 1, 3, BFloat16>
+#define DIRECT_BFLOAT16 Conv3x3<1, 1, 3, Resize::kNone, BFloat16>
 #endif
 #include "kernels/conv3x3_gradient.h"
 
