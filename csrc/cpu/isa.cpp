@@ -35,15 +35,18 @@ bool runs_avx2() {
 #endif
 
 #ifdef DDPM_FAST_AMX
-// The processor has to have tiles and products of int8, and the system has to let the process use them.
+// The processor has to have tiles and products of int8 and bfloat16, and the system has to let the process
+// use them.
 bool runs_amx() {
-  constexpr unsigned kOsxsave = 1u << 27, kTile = 1u << 24, kInt8 = 1u << 25, kTileStates = 3u << 17;
+  constexpr unsigned kOsxsave = 1u << 27, kTile = 1u << 24, kInt8 = 1u << 25, kBFloat16 = 1u << 22,
+                     kTileStates = 3u << 17;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM
   unsigned a, b, c, d, states, high;
   if (!runs_avx512() || !__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsxsave)) return false;
   asm volatile("xgetbv" : "=a"(states), "=d"(high) : "c"(0));
   if ((states & kTileStates) != kTileStates) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kInt8)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kInt8) || !(d & kBFloat16))
+    return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif

@@ -3,7 +3,9 @@
 
 #include <type_traits>
 
+#include "kernels/attention.h"
 #if defined(__AMX_INT8__)
+#include "kernels/attention_amx.h"
 #include "kernels/conv3x3_amx.h"
 #else
 #include "kernels/conv3x3.h"
@@ -83,9 +85,13 @@ void group_norm_backward_nchw_any(
 #if defined(__AMX_INT8__)
 template <int kDown, int kAcross, int kTaps = 3>
 using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps>;
+using AttentionFloat = Attention<DigitsProducts>;
+using AttentionBFloat16 = Attention<BFloat16Products>;
 #else
 template <int kDown, int kAcross, int kTaps = 3>
 using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps>;
+using AttentionFloat = Attention<FloatProducts<float> >;
+using AttentionBFloat16 = Attention<FloatProducts<BFloat16> >;
 #endif
 
 }  // namespace
@@ -109,6 +115,8 @@ const Kernels DDPM_FAST_ISA = {
     {Conv3x3ByIsa<1, 1>::kKernels, Conv3x3ByIsa<2, 2>::kKernels, Conv3x3ByIsa<4, 2>::kKernels,
      Conv3x3ByIsa<4, 4>::kKernels, Conv3x3ByIsa<1, 1, 1>::kKernels},
     Conv3x3Gradient::kKernels,
+    AttentionFloat::kKernels,
+    AttentionBFloat16::kKernels,
     fingerprint,
 };
 
