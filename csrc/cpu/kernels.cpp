@@ -85,7 +85,7 @@ void group_norm_backward_nchw_any(
 #if defined(__AMX_INT8__)
 template <int kDown, int kAcross, int kTaps = 3>
 using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps>;
-using AttentionFloat = Attention<DigitsProducts>;
+using AttentionFloat = AttentionDigits;
 using AttentionBFloat16 = Attention<BFloat16Products>;
 #else
 template <int kDown, int kAcross, int kTaps = 3>

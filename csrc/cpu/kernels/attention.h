@@ -235,15 +235,15 @@ struct Attention {
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
         const int64_t keys = keys_in(plan, chunk), before = chunk * (plan.chunk / kPanel);
         for (int64_t panel = 0; panel < ceil_div(keys, kPanel); ++panel) {
-          products.multiply(
+          products.score(
               scratch.queries, laid_out + (before + panel) * key_size(plan), plan.width,
-              scratch.scores + panel * kPanelStride, count, false);
+              scratch.scores + panel * kPanelStride, count);
         }
         products.finish();
         weigh(products, scale, keys, count, scratch, running);
         if (chunk > 0) fade(plan, running, count, scratch.outputs);
         for (int64_t panel = 0; panel < panels(plan); ++panel) {
-          products.multiply(
+          products.sum(
               scratch.weights, values + (chunk * panels(plan) + panel) * value_size(plan), keys,
               scratch.outputs + panel * kPanelStride, count, chunk > 0);
         }

@@ -2,10 +2,84 @@
 #pragma once
 
 #include "amx_gemm.h"
-#include "attention_products.h"
+#include "attention.h"
 
 namespace ddpm_fast::cpu {
 namespace {
+
+// Weights times values: m[row][16] = unit of the column * sum over keys. A row's largest weight is 1, and
+// most are much smaller: of two digits' products, those whose places add up to 5 count too, eight in all.
+class WeightedDigits {
+ public:
+  struct Sum {
+    const int8_t* a;       // [depth][digit][tile]
+    const int8_t* b;       // [depth][digit][tile]
+    const float* columns;  // units
+    int64_t depth;         // tiles of kDepth keys, kMostDepth at most
+    float* m;              // rows kPanel apart
+    int64_t count;         // of rows, 1 to 16
+    bool adds;             // to what is in m
+  };
+
+  void multiply(const Sum& of) {
+    _tile_zero(0);  // places 2 to 5
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int64_t rows = ceil_div(16, of.depth);
+    const int8_t *a = of.a, *b = of.b;
+    for (int64_t k = 0; k < of.depth; ++k, a += kDigits * kTile, b += kDigits * kTile) {
+      _tile_loadd(7, b, 64);
+      _tile_loadd(6, a + 2 * kTile, 64);
+      _tile_dpbssd(2, 6, 7);
+      _tile_loadd(5, a + kTile, 64);
+      _tile_dpbssd(1, 5, 7);
+      _tile_loadd(4, a, 64);
+      _tile_dpbssd(0, 4, 7);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbssd(3, 6, 7);
+      _tile_dpbssd(2, 5, 7);
+      _tile_dpbssd(1, 4, 7);
+      _tile_loadd(7, b + 2 * kTile, 64);
+      _tile_dpbssd(3, 5, 7);
+      _tile_dpbssd(2, 4, 7);
+      write(k * rows, (k + 1) * rows);
+    }
+    _tile_stored(0, sums_[0], 64);
+    _tile_stored(1, sums_[1], 64);
+    _tile_stored(2, sums_[2], 64);
+    _tile_stored(3, sums_[3], 64);
+    pending_ = of;
+  }
+
+  void finish() {
+    write(0, pending_.count);
+    pending_.count = 0;
+  }
+
+ private:
+  // Beside the next ones' multiplication: vectors and tiles are different units of the processor.
+  void write(int64_t first, int64_t last) {
+    last = last < pending_.count ? last : pending_.count;
+    if (first >= last) return;
+    const Float columns = load(pending_.columns) * (kUnit / 256);
+    float* m = pending_.m + first * kPanel;
+    for (int64_t row = first; row < last; ++row, m += kPanel) {
+      const auto place = [&](int of) {
+        Int sum;
+        std::memcpy(&sum, sums_[of - 2][row], sizeof(sum));
+        return sum;
+      };
+      const Float low = __builtin_convertvector(place(4) + (place(5) >> 8), Float);
+      const Float mid = __builtin_convertvector(place(3), Float) * 256 + low;
+      const Float sum = __builtin_convertvector(place(2), Float) * 65536 + mid;
+      store(m, pending_.adds ? load(m) + sum * columns : sum * columns);
+    }
+  }
+
+  alignas(64) int32_t sums_[4][16][16];  // by the digits' places
+  Sum pending_ = {};
+};
 
 // Rows are queries or their weights, columns keys or channels of values. Both have depth / kDepth tiles
 // beside each other for 16 of them, and their units after the last. A weight is at most 1, which is its row's
@@ -83,18 +157,17 @@ struct DigitsProducts {
   }
 
   void put(float* to, int64_t keys, int64_t row, int64_t group, const Float (&p)[4]) {
-    to[units_at(keys) + row] = kUnit;
     store_digits(p, broadcast(kLargest), line_of(to, keys, row, group), kTile);
   }
 
-  void multiply(const float* a, const float* b, int64_t depth, float* m, int64_t count, bool adds) {
+  void score(const float* a, const float* b, int64_t depth, float* m, int64_t count) {
     const int64_t of_tile = kDigits * kTile, next = tiles(depth) * of_tile;
     const auto* const rows = reinterpret_cast<const int8_t*>(a);
     const auto* const columns = reinterpret_cast<const int8_t*>(b);
     for (int half = 0; half < 2; ++half) {
       for (int64_t k = 0; k < tiles(depth); k += kMostDepth) {
         const int8_t* const at = columns + half * next + k * of_tile;
-        products_.multiply({
+        scores_.multiply({
             rows + k * of_tile,
             next,
             a + units_at(depth),
@@ -105,20 +178,43 @@ struct DigitsProducts {
             0,
             m + half * kLanes,
             count,
-            adds || k > 0,
+            k > 0,
         });
       }
     }
   }
 
+  void sum(const float* a, const float* b, int64_t depth, float* m, int64_t count, bool adds) {
+    const int64_t of_tile = kDigits * kTile, next = tiles(depth) * of_tile;
+    const auto* const rows = reinterpret_cast<const int8_t*>(a);
+    const auto* const columns = reinterpret_cast<const int8_t*>(b);
+    for (int half = 0; half < 2; ++half) {
+      for (int64_t k = 0; k < tiles(depth); k += kMostDepth) {
+        for (int64_t row = 0; row < count; row += 16) {
+          sums_.multiply({
+              rows + row / 16 * next + k * of_tile,
+              columns + half * next + k * of_tile,
+              b + units_at(depth) + half * kLanes,
+              tiles(depth) - k < kMostDepth ? tiles(depth) - k : kMostDepth,
+              m + row * kPanel + half * kLanes,
+              count - row < 16 ? count - row : 16,
+              adds || k > 0,
+          });
+        }
+      }
+    }
+  }
+
   void finish() {
-    products_.finish();
-    products_ = {};
+    scores_.finish();
+    scores_ = {};
+    sums_.finish();
   }
 
  private:
   Tiles configured_;
-  DigitProducts products_;
+  DigitProducts scores_;
+  WeightedDigits sums_;
 };
 
 // Tiles of 32 numbers of 16 rows; columns have pairs of numbers, 16 pairs a line. The two of a pair are
@@ -188,7 +284,11 @@ struct BFloat16Products {
     }
   }
 
-  void multiply(const float* a, const float* b, int64_t depth, float* m, int64_t count, bool adds) {
+  void score(const float* a, const float* b, int64_t depth, float* m, int64_t count) {
+    sum(a, b, depth, m, count, false);
+  }
+
+  void sum(const float* a, const float* b, int64_t depth, float* m, int64_t count, bool adds) {
     count > 16 ? multiply<2>(a, b, depth, m, adds) : multiply<1>(a, b, depth, m, adds);
   }
 
@@ -233,6 +333,35 @@ struct BFloat16Products {
   }
 
   Tiles configured_;
+};
+
+// With few tokens or channels most of a digit's tile is empty: the vectors are then faster.
+struct AttentionDigits {
+  using Narrow = Attention<FloatProducts<float>>;
+  using Wide = Attention<DigitsProducts>;
+
+  static bool is_narrow(int64_t tokens, int64_t width) { return tokens < 64 || width < 64; }
+
+  static AttentionPlan plan(int64_t tokens, int64_t width, int64_t threads) {
+    return is_narrow(tokens, width) ? Narrow::plan(tokens, width, threads)
+                                    : Wide::plan(tokens, width, threads);
+  }
+
+  static void lay_out(
+      const AttentionPlan& plan, const AttentionHead& head, int64_t first, int64_t last, float* to,
+      float* scratch) {
+    const auto run = is_narrow(plan.tokens, plan.width) ? Narrow::lay_out : Wide::lay_out;
+    run(plan, head, first, last, to, scratch);
+  }
+
+  static void attend(
+      const AttentionPlan& plan, const AttentionHead& head, const float* laid_out, int64_t first,
+      int64_t last, float* scratch) {
+    const auto run = is_narrow(plan.tokens, plan.width) ? Narrow::attend : Wide::attend;
+    run(plan, head, laid_out, first, last, scratch);
+  }
+
+  static constexpr AttentionKernels kKernels = {plan, lay_out, attend};
 };
 
 }  // namespace

@@ -64,7 +64,11 @@ struct FloatProducts {
     for (int i = 0; i < 4; ++i) store(to + ((4 * group + i) * kBlock + row) * kLanes, p[i]);
   }
 
-  void multiply(const float* a, const float* b, int64_t depth, float* m, int64_t count, bool adds) {
+  void score(const float* a, const float* b, int64_t depth, float* m, int64_t count) {
+    sum(a, b, depth, m, count, false);
+  }
+
+  void sum(const float* a, const float* b, int64_t depth, float* m, int64_t count, bool adds) {
     const int64_t pieces = ceil_div(count, kMaxRows);
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t row = piece * count / pieces, rows = (piece + 1) * count / pieces - row;
