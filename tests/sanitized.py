@@ -14,7 +14,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
-FLAGS["amx"] = [*FLAGS["avx512"], "-mamx-tile", "-mamx-int8"]
+FLAGS["amx"] = [*FLAGS["avx512"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 
 # For a program's main: 77 where the processor does not run what it was compiled for.
 RUNS = """

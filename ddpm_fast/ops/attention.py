@@ -18,19 +18,18 @@ def attention(qkv: Tensor, heads: int, *, backend: str | None = None) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    Sums are of float32; in bfloat16 the weights, like the result, are rounded to it. On AMX float32's products
-    are of int8 digits, with an error of float32's size. The native kernels have no gradient: where one is
-    asked for and no backend named, the reference runs.
+    Sums are of float32. On AMX float32's products are of int8 digits, with errors of float32's size; of
+    bfloat16 the weights are rounded to it there, as PyTorch does everywhere. The native kernels have no
+    gradient: where one is asked for and no backend named, the reference runs.
 
     Args:
-        qkv: ``(B, N, 3 C)`` float32, bfloat16, float16 or float64: the queries of all heads, then the keys, then
-            the values. C = heads * d.
+        qkv: ``(B, N, 3 C)`` float32, bfloat16, float16 or float64: the queries of all heads, then the keys,
+            then the values. C = heads * d.
         heads: at least 1.
         backend: "native" (float32 and bfloat16 on the CPU), "reference", or None for the fastest here.
 
     Returns:
-        ``(B, N, C)``, contiguous. An infinity or NaN makes NaN of what it goes into, on AMX of its whole row or
-        column.
+        ``(B, N, C)``, contiguous. An infinity or NaN shows in all that it goes into, on AMX as NaN.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
