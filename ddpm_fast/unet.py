@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .convolution import Conv2d, Linear, own_linear
+from .convolution import Conv2d, Linear, has_amx, own_linear
 from .ops._dispatch import runs_native
 from .unet_config import UNetConfig
 
@@ -207,16 +207,21 @@ class Attention(nn.Module):
         tokens = h.flatten(2).transpose(1, 2).contiguous()  # else the bias would be a pass of its own
         h = _attended(self.to_qkv(tokens), self.heads)  # (B, HW, 3C) -> (B, HW, C)
         if self.output_scale == 1 and x.is_contiguous(memory_format=torch.channels_last):
-            total = self.to_out(h, plus=x.flatten(2).transpose(1, 2))
-            return total.transpose(1, 2).unflatten(2, x.shape[2:])
+            pixels = x.permute(0, 2, 3, 1)
+            return self.to_out(h.view(pixels.shape), plus=pixels).permute(0, 3, 1, 2)
         h = self.to_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
         return _residual(x, h, self.output_scale)
 
 
 def _attended(qkv: Tensor, heads: int) -> Tensor:
-    """`ops.attention` where it has a kernel and no gradient is asked for; elsewhere PyTorch's."""
+    """`ops.attention` where it is the faster and no gradient is asked for; elsewhere PyTorch's.
+
+    256 tokens of 256 channels, one thread, times as fast as PyTorch's: on AMX 2.3, in bfloat16 1.5; in float32
+    1.1 on AVX-512 and 1.0 on AVX2. PyTorch's is up to twice as fast where AVX-512 has products of bfloat16.
+    """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if not traced and not qkv.requires_grad and runs_native("attention", qkv):
+    own = qkv.dtype == torch.float32 or has_amx()
+    if own and not traced and not qkv.requires_grad and runs_native("attention", qkv):
         return ops.attention(qkv, heads)
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if q.dtype != torch.bfloat16 or not q.is_cpu or not q.requires_grad:

@@ -224,9 +224,10 @@ def test_the_layer_takes_it_where_it_may(generator, calls):
 
 @pytest.mark.parametrize("output_scale", [1, 2**0.5])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_layer_adds_its_input_in_its_layout(channels_last, output_scale, generator):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_layer_adds_its_input_in_its_layout(batch, channels_last, output_scale, generator):
     attend = layer(generator, output_scale)
-    x = torch.randn(2, 16, 5, 3, generator=generator)
+    x = torch.randn(batch, 16, 5, 3, generator=generator)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     qkv = attend.to_qkv(attend.group_norm(x, act="none").flatten(2).transpose(1, 2))
