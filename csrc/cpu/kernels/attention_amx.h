@@ -280,7 +280,7 @@ struct BFloat16Products {
   void put(float* to, int64_t keys, int64_t row, int64_t group, const Float (&p)[4]) {
     for (int i = 0; i < 2; ++i) {
       auto* const line = reinterpret_cast<BFloat16*>(line_of(to, keys, row, 2 * group + i));
-      store_pair(line, {p[2 * i], p[2 * i + 1]});
+      store_pair_near(line, {p[2 * i], p[2 * i + 1]});
     }
   }
 
