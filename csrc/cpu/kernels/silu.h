@@ -16,9 +16,19 @@ namespace {
 constexpr float kToLog2 = -1.44269504f;
 constexpr float kSiluBound = 125;  // 2^u and its reciprocal are normal floats for |u| up to it
 
-// 1 + 2^u, times a constant. The coefficients are of 2^r's polynomial, that of the highest power first.
+// Of 2^r: minimax polynomials to 9e-8 and, the rough one, 1e-4.
+#if defined(__AVX512F__)  // r in [0, 1]
+constexpr float kPower[] = {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f,
+                            2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f};
+constexpr float kRoughPower[] = {7.8024521e-2f, 2.2606716e-1f, 6.9583356e-1f, 9.9992520e-1f};
+#else  // r in [-1/2, 1/2]
+constexpr float kPower[] = {1.3264724e-3f, 9.671513e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.93147e-1f, 1.0f};
+constexpr float kRoughPower[] = {5.5171669e-2f, 2.4261113e-1f, 6.9326097e-1f, 9.9992806e-1f};
+#endif
+
+// 2^u, times a constant. The coefficients are of 2^r's polynomial, that of the highest power first.
 template <int N, int kTerms>
-[[gnu::always_inline]] inline void one_and_power(
+[[gnu::always_inline]] inline void power(
     const Float (&u)[N], float times, const float (&coefficients)[kTerms], Float (&sum)[N]) {
   Float r[N];
 #if defined(__AVX512F__)
@@ -39,6 +49,12 @@ template <int N, int kTerms>
     sum[k] = bit_cast<Float>(bit_cast<Int>(sum[k]) + (bit_cast<Int>(shifted[k]) << 23));
 #endif
   }
+}
+
+template <int N, int kTerms>
+[[gnu::always_inline]] inline void one_and_power(
+    const Float (&u)[N], float times, const float (&coefficients)[kTerms], Float (&sum)[N]) {
+  power(u, times, coefficients, sum);
   for (Float& v : sum) v += times;
 }
 
@@ -52,17 +68,14 @@ template <typename T, bool kBounded, int N>
   Float u[N], d[N];
   for (int k = 0; k < N; ++k) u[k] = kBounded ? x[k] : x[k] * kToLog2;
 #if defined(__AVX512F__)
-  // Polynomials of 2^r on [0, 1], minimax, to 9e-8 and 1e-4. An infinite power needs no bound where the
-  // estimate of the reciprocal, 0, is taken as it is.
+  // An infinite power needs no bound where the estimate of the reciprocal, 0, is taken as it is.
   if constexpr (kRough) {
-    one_and_power(u, kTimes, {7.8024521e-2f, 2.2606716e-1f, 6.9583356e-1f, 9.9992520e-1f}, d);
+    one_and_power(u, kTimes, kRoughPower, d);
   } else {
     if constexpr (!kBounded) {
       for (int k = 0; k < N; ++k) u[k] = at_most(u[k], kSiluBound), x[k] = at_least(x[k], -kExpBound);
     }
-    one_and_power(
-        u, kTimes, {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f},
-        d);
+    one_and_power(u, kTimes, kPower, d);
   }
   Float r[N];
   for (int k = 0; k < N; ++k) r[k] = _mm512_rcp14_ps(d[k]);
@@ -72,17 +85,15 @@ template <typename T, bool kBounded, int N>
   }
   for (int k = 0; k < N; ++k) x[k] *= r[k];
 #else
-  // The same on [-1/2, 1/2].
   if constexpr (!kBounded) {
     for (int k = 0; k < N; ++k) {
       u[k] = at_least(at_most(u[k], kSiluBound), -kSiluBound), x[k] = at_least(x[k], -kExpBound);
     }
   }
   if constexpr (kRough) {
-    one_and_power(u, kTimes, {5.5171669e-2f, 2.4261113e-1f, 6.9326097e-1f, 9.9992806e-1f}, d);
+    one_and_power(u, kTimes, kRoughPower, d);
   } else {
-    one_and_power(
-        u, kTimes, {1.3264724e-3f, 9.671513e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.93147e-1f, 1.0f}, d);
+    one_and_power(u, kTimes, kPower, d);
   }
   for (int k = 0; k < N; ++k) {
 #if defined(__AVX2__)

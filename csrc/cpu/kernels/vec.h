@@ -38,6 +38,8 @@ struct Half {
   uint16_t bits;
 };
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <typename To, typename From>
 inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -211,11 +213,11 @@ inline Float blend_halves(Float first, Float second) {
 #endif
 }
 
-// The first n lanes; zero in the rest.
-inline Float keep(Float x, int64_t n) {
+// The first n lanes, and in the rest something else.
+inline Float keep(Float x, int64_t n, float rest = 0) {
   Int lane;
   for (int k = 0; k < kLanes; ++k) lane[k] = k;
-  return lane < static_cast<int32_t>(n) ? x : Float{};
+  return lane < static_cast<int32_t>(n) ? x : broadcast(rest);
 }
 
 inline float sum(Float x) {
@@ -231,13 +233,12 @@ inline float sum(Float x) {
 #endif
 }
 
-// The largest of positive numbers.
 inline float largest(Float x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(x);
 #else
-  float most = 0;
-  for (int lane = 0; lane < kLanes; ++lane) most = x[lane] > most ? x[lane] : most;
+  float most = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) most = x[lane] > most ? x[lane] : most;
   return most;
 #endif
 }

@@ -1,0 +1,87 @@
+// attention on the CPU: checks, threads and the workspace around kernels/attention.h.
+#include "../common.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace ddpm_fast {
+namespace {
+
+using cpu::AttentionHead;
+using cpu::AttentionKernels;
+using cpu::AttentionPlan;
+
+Workspace& for_keys_and_values() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+Workspace& for_scratch() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+// With heads for every thread, a thread takes whole ones: nothing waits, and nothing is read from another's
+// cache. With fewer, all threads lay out keys and values, and then take blocks of queries.
+template <typename HeadAt>
+void run(const AttentionKernels& kernels, const AttentionPlan& plan, int64_t heads, const HeadAt& head_at) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (heads % threads == 0 || heads >= 4 * threads) {
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t first, int64_t last) {
+      float* const laid_out = for_keys_and_values().floats(plan.laid_out);
+      float* const scratch = for_scratch().floats(plan.scratch);
+      for (int64_t head = first; head < last; ++head) {
+        kernels.lay_out(plan, head_at(head), 0, plan.pieces, laid_out, scratch);
+        kernels.attend(plan, head_at(head), laid_out, 0, plan.blocks, scratch);
+      }
+    });
+    return;
+  }
+  float* const laid_out = for_keys_and_values().floats(heads * plan.laid_out);
+  const auto each = [&](int64_t parts, const auto& work) {
+    torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t first, int64_t last) {
+      float* const scratch = for_scratch().floats(plan.scratch);
+      for (int64_t head = first / parts; head * parts < last; ++head) {
+        const int64_t begin = head * parts;
+        work(
+            head_at(head), first > begin ? first - begin : 0, last - begin < parts ? last - begin : parts,
+            laid_out + head * plan.laid_out, scratch);
+      }
+    });
+  };
+  each(plan.pieces, [&](const AttentionHead& head, int64_t first, int64_t last, float* to, float* scratch) {
+    kernels.lay_out(plan, head, first, last, to, scratch);
+  });
+  each(plan.blocks, [&](const AttentionHead& head, int64_t first, int64_t last, float* from, float* scratch) {
+    kernels.attend(plan, head, from, first, last, scratch);
+  });
+}
+
+Tensor attention_cpu(Tensor qkv, int64_t heads) {
+  const Dtype dtype = dtype_of("qkv", qkv);
+  check(dtype == Dtype::kFloat || dtype == Dtype::kBFloat16, "qkv must be float32 or bfloat16");
+  check(
+      qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0,
+      "qkv must be (B, N, 3 C), C a multiple of heads");
+  qkv = as_contiguous(qkv);
+  const int64_t images = qkv.size(0), tokens = qkv.size(1), channels = qkv.size(2) / 3;
+  const Tensor y = torch::stable::new_empty(qkv, {images, tokens, channels});
+  if (y.numel() == 0) return y;
+  const AttentionKernels& kernels =
+      dtype == Dtype::kFloat ? cpu::kernels().attention_float : cpu::kernels().attention_bfloat16;
+  const AttentionPlan plan =
+      kernels.plan(tokens, channels / heads, static_cast<int64_t>(torch::stable::get_num_threads()));
+  run(kernels, plan, images * heads, [&](int64_t head) {
+    const int64_t image = head / heads, channel = head % heads * plan.width;
+    const auto of = [&](int64_t which) {
+      return at(qkv, dtype, (image * tokens * 3 + which) * channels + channel);
+    };
+    char* const to = mutable_at(y, dtype, image * tokens * channels + channel);
+    return AttentionHead{of(0), of(1), of(2), 3 * channels, to, channels};
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) { m.impl("attention", TORCH_BOX(&attention_cpu)); }
+
+}  // namespace
+}  // namespace ddpm_fast
