@@ -241,8 +241,8 @@ def _read() -> dict[str, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file else None
         if content["machine"] == machine():
-            return {key: name for key, name in content["fastest"].items() if isinstance(name, str)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or not one of ours
+            return dict(content["fastest"])
+    except (OSError, ValueError, TypeError, KeyError):  # none, or not one of ours
         pass
     return {}
 

@@ -133,7 +133,8 @@ def test_what_else_is_measured_anew(monkeypatch, one_thread):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "[]", "{}", '{"machine": 3}', "unknown", "foreign", "a list", b"\xff\xfe"]
+    "content",
+    ["", "{", "null", "[]", "{}", '{"machine": 3}', "unknown", "foreign", "a list", "lists", b"\xff\xfe"],
 )
 def test_a_file_that_is_not_ours_is_measured_anew(content, monkeypatch, home):
     ways = Ways(monkeypatch, a=1.0, b=0.5, c=2.0)
@@ -145,6 +146,7 @@ def test_a_file_that_is_not_ours_is_measured_anew(content, monkeypatch, home):
         "unknown": good | {"fastest": {key: "d"}},
         "foreign": good | {"machine": good["machine"] | {"torch": "1.0"}},
         "a list": good | {"fastest": {key: ["b"]}},
+        "lists": good | {"fastest": [key]},
     }
     content = json.dumps(edited[content]) if content in edited else content
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -242,7 +244,10 @@ def test_a_time_in_which_threads_waited_is_none(monkeypatch, one_thread):
     with pytest.raises(tuning._Busy):
         tuning._time(call, others)
     monkeypatch.setattr(tuning, "_waited", lambda: 5.0)
-    assert tuning._time(call, others) < 1
+    others = torch.ones(2**18, dtype=torch.uint8)
+    assert tuning._time(call, others) < 1 and others[: 2**17].sum() == 0  # which wakes threads
+    monkeypatch.setattr(tuning, "_evict", lambda: lambda address, size: False)
+    assert tuning._time(call, others) < 1 and others.sum() == 0  # in place of what was in the caches
 
 
 @NATIVE
