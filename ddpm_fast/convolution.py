@@ -87,7 +87,7 @@ def allowed_conv3x3() -> tuple[str, ...]:
     return ("direct", "f2", "f4x2", ONEDNN) if has_amx() else ("direct", "f2", "f4x2", "f4", ONEDNN)
 
 
-PIXELS_A_THREAD = 2048
+PIXELS_A_THREAD = 1024
 """With more of them the order stays as it is, and a measurement would take longer."""
 
 
@@ -221,7 +221,7 @@ class Conv2d(nn.Conv2d):
         height, width = x.shape[2:]
         batch = measured_batch(len(x), height, width)
         prior = fastest_conv3x3(batch, self.in_channels, height, width) or ONEDNN
-        of = f"conv3x3 {x.dtype} {batch}x{self.in_channels}x{height}x{width} -> {self.out_channels}"
+        of = "conv3x3", x.dtype, batch, self.in_channels, height, width, self.out_channels
         name = tuning.fastest(of, allowed_conv3x3(), prior, lambda name: self._timed(x, batch, name))
         return None if name == ONEDNN else name
 

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -47,11 +47,11 @@ class _Busy(Exception):
     """Other processes take this one's processors, and its threads wait for each other."""
 
 
-_FASTEST: dict[str, str] = {}
+_FASTEST: dict[tuple, str] = {}
 _busy_until = 0.0
 
 
-def fastest(of: str, names: Sequence[str], prior: str, make: Callable[[str], Call]) -> str:
+def fastest(of: tuple[object, ...], names: tuple[str, ...], prior: str, make: Callable[[str], Call]) -> str:
     """The name of the fastest way to do something, measured at the first call on this processor.
 
     In a network every layer's weights come from beyond the caches, and a layer that is called in a loop finds
@@ -70,25 +70,28 @@ def fastest(of: str, names: Sequence[str], prior: str, make: Callable[[str], Cal
     profiler looks on and nothing is measured yet, which would see the calls.
 
     Args:
-        of: what is done, and on which shapes.
+        of: what is done, and on which shapes: things that say so as text too.
         names: of the ways, ``prior`` among them.
         prior: the fastest as far as is known.
         make: what is timed, by name.
     """
     if torch.are_deterministic_algorithms_enabled():
         return prior
-    key = f"{of}, {torch.get_num_threads()} threads: {' '.join(names)}"
+    key = of, torch.get_num_threads(), names
     name = _FASTEST.get(key)
     if name is None:
         if is_watched():
             return prior
-        name = _FASTEST.setdefault(key, _known(key, names, prior, make))  # another thread may have come first
+        name = _FASTEST.setdefault(key, _known(*key, prior, make))  # another thread may have come first
     return name
 
 
-def _known(key: str, names: Sequence[str], prior: str, make: Callable[[str], Call]) -> str:
+def _known(
+    of: tuple[object, ...], threads: int, names: tuple[str, ...], prior: str, make: Callable[[str], Call]
+) -> str:
     """As an earlier process has measured it, or measured now."""
     global _busy_until
+    key = f"{' '.join(map(str, of))}, {threads} threads: {' '.join(names)}"
     name = _read().get(key)
     if name in names:
         return name
@@ -103,7 +106,7 @@ def _known(key: str, names: Sequence[str], prior: str, make: Callable[[str], Cal
     return name
 
 
-def _measured(names: Sequence[str], prior: str, make: Callable[[str], Call]) -> str:
+def _measured(names: tuple[str, ...], prior: str, make: Callable[[str], Call]) -> str:
     others = torch.empty(LARGER_THAN_CACHES, dtype=torch.uint8)  # takes no memory until it is written
     calls = _contenders(names, prior, make, others)
     best = prior
@@ -116,7 +119,7 @@ def _measured(names: Sequence[str], prior: str, make: Callable[[str], Call]) -> 
 
 
 def _contenders(
-    names: Sequence[str], prior: str, make: Callable[[str], Call], others: Tensor
+    names: tuple[str, ...], prior: str, make: Callable[[str], Call], others: Tensor
 ) -> dict[str, Call]:
     """The prior, and what is not clearly slower at once: packed weights take memory."""
     calls: dict[str, Call] = {}
