@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,6 +34,7 @@ Packs = dict[nn.Module, Packed]
 
 _PACKS: ContextVar[Packs | None] = ContextVar("packs", default=None)
 _LOW_MEMORY: ContextVar[bool] = ContextVar("low_memory", default=False)
+_TRIED: ContextVar[str | None] = ContextVar("tried", default=None)
 
 _KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 """Our own packed weights outlive a run: to make them again takes longer, most of it for fresh memory, than
@@ -77,22 +78,20 @@ def has_amx() -> bool:
 
 
 ONEDNN = "oneDNN"
+PIXELS_A_THREAD = 1024
+"""With more of them the order of algorithms stays as it is, and a measurement would take longer."""
 
 
 def allowed_conv3x3() -> tuple[str, ...]:
-    """Those that may take the place of `fastest_conv3x3`'s: a whole U-Net has to stay within 5e-6 of float64.
+    """What may be faster than `fastest_conv3x3`'s: a whole U-Net has to stay within 5e-6 of float64.
 
     On AMX F(4x4) would be the one that errs most.
     """
     return ("direct", "f2", "f4x2", ONEDNN) if has_amx() else ("direct", "f2", "f4x2", "f4", ONEDNN)
 
 
-PIXELS_A_THREAD = 1024
-"""With more of them the order stays as it is, and a measurement would take longer."""
-
-
 def measured_batch(batch: int, height: int, width: int) -> int:
-    """The batch that stands for this one: a power of two, so that a stream's many sizes are few."""
+    """The batch that is measured for this one: a power of two, so that a stream's many sizes are few."""
     batch = 2 ** (batch - 1).bit_length()
     while batch > 1 and batch * height * width > PIXELS_A_THREAD * torch.get_num_threads():
         batch //= 2
@@ -102,8 +101,7 @@ def measured_batch(batch: int, height: int, width: int) -> int:
 def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> str | None:
     """The fastest algorithm of `ops.conv3x3` with a packed weight, None where oneDNN is faster still.
 
-    So it was on one machine; on another `tuning.fastest` begins with it, and it stands where nothing is
-    measured.
+    So it was on one machine; `tuning.fastest` begins with it, and it stands where nothing is measured.
 
     A weight is read from beyond the caches for every 48 tiles of outputs, 36, 24, 16 or 9 numbers for each
     pair of channels: with few tiles that takes longer than the products, and the larger tile loses. Times
@@ -176,10 +174,9 @@ class Conv2d(nn.Conv2d):
                 return ops.conv3x3(x, self.weight, bias, plus=plus, algorithm="f4")
             result = self._conv_forward(x, self.weight, bias)
             return result if plus is None else plus + result
-        return self._run(x, self._pack(x, packs, self._algorithm(x)), bias, plus)
-
-    def _run(self, x: Tensor, weight: Tensor | Own, bias: Tensor | None, plus: Tensor | None) -> Tensor:
-        if not isinstance(weight, Tensor):
+        algorithm = self._algorithm(x)
+        weight = self._pack(x, packs, algorithm)
+        if algorithm is not None:
             return ops.conv3x3_packed(x, weight, bias, plus=plus)
         window = (self.padding, self.stride, self.dilation, 1)
         convolve = torch.ops.mkldnn._convolution_pointwise
@@ -218,19 +215,36 @@ class Conv2d(nn.Conv2d):
         """Which of our own kernels, None for oneDNN's."""
         if _LOW_MEMORY.get() or not self._is_ours(x):
             return None
-        height, width = x.shape[2:]
-        batch = measured_batch(len(x), height, width)
-        prior = fastest_conv3x3(batch, self.in_channels, height, width) or ONEDNN
-        of = "conv3x3", x.dtype, batch, self.in_channels, height, width, self.out_channels
-        name = tuning.fastest(of, allowed_conv3x3(), prior, lambda name: self._timed(x, batch, name))
+        batch, _, height, width = x.shape
+        return self._fastest(x, fastest_conv3x3(batch, self.in_channels, height, width))
+
+    def _fastest(self, x: Tensor, prior: str | None) -> str | None:
+        """``prior``, or what is faster on this processor."""
+        name = _TRIED.get()
+        if name is None:
+            batch, channels, height, width = x.shape
+            batch = measured_batch(batch, height, width)
+            of = "conv3x3", x.dtype, batch, channels, height, width, self.out_channels
+            make = partial(self._timed, x, batch)
+            name = tuning.fastest(of, allowed_conv3x3(), prior or ONEDNN, make)
         return None if name == ONEDNN else name
 
     def _timed(self, x: Tensor, batch: int, name: str) -> tuning.Call:
-        """One way of computing images like x's first, for `tuning.fastest`."""
+        """This layer by one algorithm, on a batch of x's first image."""
         x = x[:1].expand(batch, *x.shape[1:]).contiguous(memory_format=torch.channels_last)
-        weight = self._pack(x, {}, None if name == ONEDNN else name)
-        memory = weight if isinstance(weight, Tensor) else weight.weight
-        return tuning.Call(lambda: self._run(x, weight, self.bias, None), memory)
+        packs: Packs = {}
+
+        def run() -> None:
+            tried = _TRIED.set(name)
+            try:
+                with packing(packs):
+                    self.forward(x)
+            finally:
+                _TRIED.reset(tried)
+
+        run()
+        weight = packs[self].weight
+        return tuning.Call(run, weight if isinstance(weight, Tensor) else weight.weight)
 
     def _is_ours(self, x: Tensor) -> bool:
         window = (self.kernel_size, self.stride, self.padding, self.dilation)
