@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -222,16 +223,17 @@ class Conv2d(nn.Conv2d):
         """``prior``, or what is faster on this processor."""
         name = _TRIED.get()
         if name is None:
-            batch, channels, height, width = x.shape
-            batch = measured_batch(batch, height, width)
-            of = "conv3x3", x.dtype, batch, channels, height, width, self.out_channels
-            make = partial(self._timed, x, batch)
+            batch, _, height, width = x.shape
+            shape = measured_batch(batch, height, width), self.in_channels, height, width
+            of = "conv3x3", x.dtype, *shape, self.out_channels
+            make = partial(self._timed, shape)
             name = tuning.fastest(of, allowed_conv3x3(), prior or ONEDNN, make)
         return None if name == ONEDNN else name
 
-    def _timed(self, x: Tensor, batch: int, name: str) -> tuning.Call:
-        """This layer by one algorithm, on a batch of x's first image."""
-        x = x[:1].expand(batch, *x.shape[1:]).contiguous(memory_format=torch.channels_last)
+    def _timed(self, shape: tuple[int, int, int, int], name: str) -> tuning.Call:
+        """This layer by one algorithm, on an x of that shape."""
+        values = torch.linspace(-1, 1, math.prod(shape), dtype=self.weight.dtype, device="cpu")
+        x = values.view(shape).contiguous(memory_format=torch.channels_last)
         packs: Packs = {}
 
         def run() -> None:
