@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, tuning
 from .ops._dispatch import cpu_kernels, is_transformed, runs_native
 
 Own = ops.PackedConv3x3 | ops.PackedLinear
@@ -57,6 +58,7 @@ _OWN_WINDOWS = {
 
 _PACKS: ContextVar[Packs | None] = ContextVar("packs", default=None)
 _LOW_MEMORY: ContextVar[bool] = ContextVar("low_memory", default=False)
+_TRIED: ContextVar[str | None] = ContextVar("tried", default=None)
 
 _KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 """Our own packed weights outlive a run: to make them again takes longer, most of it for fresh memory, than
@@ -99,8 +101,33 @@ def has_amx() -> bool:
     return cpu_kernels().startswith("amx")
 
 
+ONEDNN = "oneDNN"
+PIXELS_A_THREAD = 1024
+"""With more of them the order of algorithms stays as it is, and a measurement would take longer."""
+
+
+def allowed_conv3x3(dtype: torch.dtype) -> tuple[str, ...]:
+    """What may be faster than the table says: a whole float32 U-Net has to stay within 5e-6 of float64.
+
+    On AMX F(4x4) would be the one that errs most. In bfloat16 none errs more than direct convolution.
+    """
+    if dtype == torch.bfloat16:
+        return ("direct", ONEDNN) if has_amx() else ("f2", "f4x2", "f4", ONEDNN)
+    return ("direct", "f2", "f4x2", ONEDNN) if has_amx() else ("direct", "f2", "f4x2", "f4", ONEDNN)
+
+
+def measured_batch(batch: int, height: int, width: int) -> int:
+    """The batch that is measured for this one: a power of two, so that a stream's many sizes are few."""
+    batch = 2 ** (batch - 1).bit_length()
+    while batch > 1 and batch * height * width > PIXELS_A_THREAD * torch.get_num_threads():
+        batch //= 2
+    return batch
+
+
 def fastest_conv3x3(batch: int, in_channels: int, height: int, width: int) -> str | None:
     """The fastest algorithm of `ops.conv3x3` with a packed weight, None where oneDNN is faster still.
+
+    So it was on one machine; `tuning.fastest` begins with it, and it stands where nothing is measured.
 
     A weight is read from beyond the caches for every 48 tiles of outputs, 36, 24, 16 or 9 numbers for each
     pair of channels: with few tiles that takes longer than the products, and the larger tile loses. Times
@@ -274,13 +301,42 @@ class Conv2d(nn.Conv2d):
         if resize is not None and height * width == 1:  # whose layout the result would not have
             return None
         shape = batch, self.in_channels, height, width
-        if x.dtype == torch.bfloat16:
-            algorithm = fastest_bfloat16(*shape) if resize is None else None
-        elif resize is None:
-            algorithm = fastest_conv3x3(*shape)
+        halves = x.dtype == torch.bfloat16
+        if resize is None:
+            prior = fastest_bfloat16(*shape) if halves else fastest_conv3x3(*shape)
+            algorithm = self._fastest(x, prior)
         else:
-            algorithm = fastest_resizing(resize, *shape)
+            algorithm = None if halves else fastest_resizing(resize, *shape)
         return None if algorithm is None else Kernel(algorithm, resize, padding)
+
+    def _fastest(self, x: Tensor, prior: str | None) -> str | None:
+        """``prior``, or what is faster on this processor."""
+        name = _TRIED.get()
+        if name is None:
+            batch, _, height, width = x.shape
+            shape = measured_batch(batch, height, width), self.in_channels, height, width
+            of = "conv3x3", x.dtype, *shape, self.out_channels
+            make = partial(self._timed, shape)
+            name = tuning.fastest(of, allowed_conv3x3(x.dtype), prior or ONEDNN, make)
+        return None if name == ONEDNN else name
+
+    def _timed(self, shape: tuple[int, int, int, int], name: str) -> tuning.Call:
+        """This layer by one algorithm, on an x of that shape."""
+        values = torch.linspace(-1, 1, math.prod(shape), dtype=self.weight.dtype, device="cpu")
+        x = values.view(shape).contiguous(memory_format=torch.channels_last)
+        packs: Packs = {}
+
+        def run() -> None:
+            tried = _TRIED.set(name)
+            try:
+                with packing(packs):
+                    self.forward(x)
+            finally:
+                _TRIED.reset(tried)
+
+        run()
+        weight = packs[self].weight
+        return tuning.Call(run, weight if isinstance(weight, Tensor) else weight.weight)
 
     def _is_ours(self, x: Tensor) -> bool:
         window = (self.kernel_size, self.stride, self.padding, self.dilation)

@@ -69,6 +69,11 @@ class Sampler:
             out = model(x, t)
             x, x0 = ops.posterior_step(x, out, table, i, seed=seed, image_index=k, x0_prev=x0, clip=clip)
 
+    On the CPU each of our U-Net's 3x3 convolutions is computed in the way that is fastest on this processor,
+    measured in a first run and kept in the user's cache (see `tuning.fastest`). On another machine, or when
+    that is gone, the last bits may be others. With ``torch.use_deterministic_algorithms(True)`` nothing is
+    measured, and the way follows from the shapes and the instruction set.
+
     Args:
         model: any ``model(x, t) -> out``; x (B, ...) of at least two dimensions, t (B,) int64. ``out`` is
             like x, or has twice its channels where the variance is learned. A module runs in eval mode. A run

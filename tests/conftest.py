@@ -14,7 +14,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what it starts
     torch.set_num_threads(1)
 
+from ddpm_fast import tuning
 from ddpm_fast.ops import _dispatch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """For processes that tests start: they find nothing in it, and leave nothing in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_measured(monkeypatch):
+    """Each layer's way is the one that is known to be fast: the same bits, whatever the machine does."""
+    monkeypatch.setattr(tuning, "fastest", lambda of, names, prior, make: prior)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..info import info
+from ..tuning import processor
 
 PACKAGES = ("numpy", "diffusers", "openvino", "onnxruntime", "denoising-diffusion-pytorch", "triton")
 
@@ -29,7 +30,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Names and numbers that JSON can hold; nothing that says whose machine it is."""
     about = info()
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "processors": _processors(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -85,19 +86,6 @@ def onednn() -> dict[str, str]:
     for dtype, name in zip(("float32", "bfloat16"), runs, strict=False):
         found[f"{dtype} convolution"] = name
     return found
-
-
-def _processor() -> str:
-    """Its name, as the system has it."""
-    if sys.platform.startswith("linux"):
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return platform.processor() or platform.machine()
 
 
 def _processors() -> int:

@@ -84,10 +84,24 @@ TRITON_INSTALLED: bool = find_spec("triton") is not None
 FORCED_BACKEND: str | None = os.environ.get("DDPM_FAST_BACKEND") or None
 
 
+_WATCHERS: tuple[Callable[[], Any], ...] = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch._C._autograd._profiler_enabled,
+)
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see the ops: a mode, a transform, a tracer or a profiler."""
+    return any(watches() for watches in _WATCHERS)
+
+
 def _load_direct() -> tuple[Any, str | None]:
     """The compiled library as a Python module, whose functions go past PyTorch's dispatcher; or None and why.
 
-    They do not run where somebody wants to see the op: a mode, a transform, a tracer or a profiler.
+    They do not run where somebody wants to see the op, see `is_watched`.
     """
     if NATIVE_MISSING is not None:
         return None, "there is no library"
@@ -95,14 +109,7 @@ def _load_direct() -> tuple[Any, str | None]:
         direct = import_module("._C", __package__.rpartition(".")[0])
     except ImportError:
         return None, "the library was built without Python's headers"
-    watchers = (
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-        torch._C._are_functorch_transforms_active,
-        torch._C._get_tracing_state,
-        torch._C._autograd._profiler_enabled,
-    )
-    if not direct.set_up(Tensor, torch.nn.Parameter, watchers):
+    if not direct.set_up(Tensor, torch.nn.Parameter, _WATCHERS):
         return None, "torch is older than 2.14"
     return direct, None
 
