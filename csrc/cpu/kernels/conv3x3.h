@@ -110,6 +110,16 @@ struct Conv3x3 {
     return {tile / (across * down), tile / across % down * kDown, tile % across * kAcross};
   }
 
+  static inline void advance(const Conv3x3Plan& plan, Tile& at) {  // divisions take as long as a small tile
+    at.column += kAcross;
+    if (at.column < plan.width) return;
+    at.column = 0;
+    at.row += kDown;
+    if (at.row < plan.height) return;
+    at.row = 0;
+    ++at.image;
+  }
+
   // Calls put(position, channel, v) with a tile's transformed inputs, of kLanes channels at once.
   template <typename Put>
   static inline void each_input(const Conv3x3Plan& plan, const float* x, int64_t tile, const Put& put) {
@@ -203,8 +213,8 @@ struct Conv3x3 {
       int64_t block, int64_t panel) {
     const int64_t tiles = tiles_in(plan, block);
     const int64_t stride = products_stride(plan), channels = plan.out_channels;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Tile at = tile_at(plan, block * plan.block + tile);
+    Tile at = tile_at(plan, block * plan.block);
+    for (int64_t tile = 0; tile < tiles; ++tile, advance(plan, at)) {
       const int64_t rows = plan.height - at.row < kDown ? plan.height - at.row : kDown;
       const int64_t columns = plan.width - at.column < kAcross ? plan.width - at.column : kAcross;
       for (int half = 0; half < 2; ++half) {
