@@ -111,6 +111,16 @@ struct Conv3x3 {
     return {tile / (across * down), tile / across % down * kDown, tile % across * kAcross};
   }
 
+  static inline void advance(const Conv3x3Plan& plan, Tile& at) {  // divisions take as long as a small tile
+    at.column += kAcross;
+    if (at.column < plan.out_width) return;
+    at.column = 0;
+    at.row += kDown;
+    if (at.row < plan.out_height) return;
+    at.row = 0;
+    ++at.image;
+  }
+
   // Of the inputs of outputs from `out` on.
   static inline int64_t first_input(const Conv3x3Plan& plan, int64_t out) {
     const int64_t at = kResize == Resize::kNone ? out : kResize == Resize::kUp ? out / 2 : 2 * out;
@@ -218,8 +228,8 @@ struct Conv3x3 {
       int64_t panel) {
     const int64_t tiles = tiles_in(plan, block);
     const int64_t stride = products_stride(plan), channels = plan.out_channels;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Tile at = tile_at(plan, block * plan.block + tile);
+    Tile at = tile_at(plan, block * plan.block);
+    for (int64_t tile = 0; tile < tiles; ++tile, advance(plan, at)) {
       const int64_t rows = plan.out_height - at.row < kDown ? plan.out_height - at.row : kDown;
       const int64_t columns = plan.out_width - at.column < kAcross ? plan.out_width - at.column : kAcross;
       for (int half = 0; half < 2; ++half) {

@@ -16,6 +16,8 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
   static constexpr int kPositions = kRows * kColumns;
   static constexpr int64_t kMost = kTaps == 1 ? 256 : 64;  // tiles of a block
 
+  static constexpr int64_t kAhead = 8192;  // bytes, of weights that are read in order
+
   // Few channels are left to vectors: most of a tile would be empty, and their float32 errs by less.
   static bool is_narrow(const Conv3x3Shape& shape) { return shape.in_channels < kDepth; }
 
@@ -109,37 +111,49 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     }
   }
 
+  // Where a panel's products go.
+  struct Into {
+    float* m;
+    int64_t position, row;  // strides
+    const float* offset;
+    const float* plus;
+  };
+
   static inline void multiply(
       const Conv3x3Plan& plan, const float* transformed, const float* weights, int64_t tiles,
-      float* products) {
-    const int64_t pairs = ceil_div(tiles, 32), m_stride = products_stride(plan);
-    const int64_t rows_stride = depth(plan) * kDigits * kTile;
+      const Into& into) {
+    const int64_t pieces = ceil_div(tiles, 32), rows_stride = depth(plan) * kDigits * kTile;
     const auto* a = reinterpret_cast<const int8_t*>(transformed);
     const auto* b = reinterpret_cast<const int8_t*>(weights);
     DigitProducts products_of;
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j, a += a_stride(plan), b += b_stride(plan)) {
         const auto slot = Base::slot_of(i, j);
-        const int8_t* ahead = b + b_stride(plan);
+        const int8_t* ahead = b + (tiles > 16 ? b_stride(plan) : kAhead);
         for (int64_t k = 0; k < depth(plan); k += kMostDepth) {
           const int64_t deep = depth(plan) - k < kMostDepth ? depth(plan) - k : kMostDepth;
+          const bool first = !slot.adds && k == 0;
           for (int64_t row = 0; row < tiles; row += 32) {
-            for (int half = 0; half < 2; ++half) {
-              products_of.multiply({
-                  a + row / 16 * rows_stride + k * kDigits * kTile,
-                  rows_stride,
-                  reinterpret_cast<const float*>(a + a_digits(plan)) + row,
-                  b + (half * depth(plan) + k) * kDigits * kTile,
-                  reinterpret_cast<const float*>(b + b_digits(plan)) + half * kLanes,
-                  deep,
-                  ahead,
-                  kDigits * kTile / pairs,
-                  products + slot.at * m_stride + row * kPanel + half * kLanes,
-                  tiles - row < 32 ? tiles - row : 32,
-                  slot.adds || k > 0,
-              });
-              ahead += deep * kDigits * kTile / pairs;
-            }
+            float* const m = into.m + slot.at * into.position + row * into.row;
+            products_of.multiply({
+                a + row / 16 * rows_stride + k * kDigits * kTile,
+                rows_stride,
+                reinterpret_cast<const float*>(a + a_digits(plan)) + row,
+                b + k * kDigits * kTile,
+                rows_stride,
+                reinterpret_cast<const float*>(b + b_digits(plan)),
+                deep,
+                ahead,
+                2 * kDigits * kTile / pieces,
+                m,
+                into.row,
+                tiles - row < 32 ? tiles - row : 32,
+                first ? into.offset : kNoOffset,
+                !first                 ? m
+                : into.plus == nullptr ? nullptr
+                                       : into.plus + row * into.row,
+            });
+            ahead += 2 * deep * kDigits * kTile / pieces;
           }
         }
       }
@@ -156,9 +170,21 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     const Tiles configured;
     const int64_t tiles = tiles_in(plan, block);
     for (int64_t panel = first; panel < last; ++panel) {
-      multiply(plan, transformed, packed + panel * plan.panel_size, tiles, products);
-      Base::write(
-          plan, products, bias, static_cast<const float*>(plus), static_cast<float*>(y), block, panel);
+      const float* const weights = packed + panel * plan.panel_size;
+      const auto* const added = static_cast<const float*>(plus);
+      auto* const into = static_cast<float*>(y);
+      const int64_t k = panel * kPanel;
+      if (kTaps == 1 && k + kPanel <= plan.out_channels) {  // the products are the outputs
+        const int64_t to = block * plan.block * plan.out_channels + k;
+        multiply(
+            plan, transformed, weights, tiles,
+            {into + to, 0, plan.out_channels, bias == nullptr ? kNoOffset : bias + k,
+             added == nullptr ? nullptr : added + to});
+      } else {
+        multiply(
+            plan, transformed, weights, tiles, {products, products_stride(plan), kPanel, kNoOffset, nullptr});
+        Base::write(plan, products, bias, added, into, block, panel);
+      }
     }
   }
 
