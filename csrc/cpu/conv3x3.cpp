@@ -7,6 +7,7 @@
 #include "../layout.h"
 #include "conv3x3.h"
 #include "kernels.h"
+#include "program.h"
 #include "workspace.h"
 
 namespace ddpm_fast {
@@ -140,25 +141,44 @@ void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed
   pack(weight, /*turned=*/false, down, across, packed);
 }
 
-Tensor conv3x3_packed_cpu(
-    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
-    int64_t across) {
+Tensor empty_channels_last(const Tensor& x, int64_t channels) {
+  return torch::stable::empty(
+      {x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+      MemoryFormat::ChannelsLast);
+}
+
+void check_convolved(const Tensor& x, int64_t out_channels) {
   check(
       x.scalar_type() == ScalarType::Float && x.dim() == 4 && x.numel() > 0,
       "x must be float32 (B, C, H, W) and not empty");
   check(out_channels > 0, "out_channels must be positive");
-  const bool channels_last = is_channels_last(x);
+}
+
+void conv3x3_packed_into(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
+    int64_t across, Tensor y) {
+  check_convolved(x, out_channels);
   x = to_channels_last(x);
-  Tensor y = torch::stable::empty(
-      {x.size(0), out_channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
-      std::nullopt, MemoryFormat::ChannelsLast);
+  const bool in_place = lies_channels_last(y);
+  const Tensor result = in_place ? y : empty_channels_last(x, out_channels);
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = to_channels_last(*plus);
   }
   const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels};
-  convolve(kernels_of(down, across), shape, x, packed, bias, plus, y);
-  return channels_last ? y : torch::stable::contiguous(y);
+  convolve(kernels_of(down, across), shape, x, packed, bias, plus, result);
+  if (!in_place) torch::stable::copy_(y, result);
+}
+
+Tensor conv3x3_packed_cpu(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
+    int64_t across) {
+  check_convolved(x, out_channels);
+  const Tensor y = is_channels_last(x)
+                       ? empty_channels_last(x, out_channels)
+                       : torch::stable::new_empty(x, {x.size(0), out_channels, x.size(2), x.size(3)});
+  conv3x3_packed_into(x, packed, bias, plus, out_channels, down, across, y);
+  return y;
 }
 
 Tensor packed_now(const Tensor& weight, bool turned, int64_t down, int64_t across) {
@@ -199,21 +219,34 @@ void linear_pack_cpu(Tensor weight, Tensor packed) {
   pack(kernels_of(1, 1, 1), {floats(weight), in_features, 1, 0}, in_features, weight.size(0), packed);
 }
 
-Tensor linear_packed_cpu(
-    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
+void check_rows(const Tensor& x, int64_t out_features) {
   check(
       x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.numel() > 0,
       "x must be float32 (N, C) and not empty");
   check(out_features > 0, "out_features must be positive");
+}
+
+void linear_packed_into(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features, Tensor y) {
+  check_rows(x, out_features);
   x = as_contiguous(x);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = as_contiguous(*plus);
   }
   convolve(kernels_of(1, 1, 1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+}
+
+Tensor linear_packed_cpu(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
+  check_rows(x, out_features);
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  linear_packed_into(x, packed, bias, plus, out_features, y);
   return y;
 }
+
+const bool in_programs = runs_in_programs<conv3x3_packed_into>("conv3x3_packed") &&
+                         runs_in_programs<linear_packed_into>("linear_packed");
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, m) {
   m.impl("conv3x3_packed_size", TORCH_BOX(&conv3x3_packed_size_cpu));
