@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ..ops._dispatch import PROGRAM_OPS, direct
-from .arena import LINE, Lifetime, plan
+from .arena import Lifetime, plan
 from .recorder import Line, Recording, View, views
 
 _ATEN = torch.ops.aten
@@ -33,7 +33,14 @@ _INTO = {
     _ATEN.sub.Tensor: _ATEN.sub.out,
 }
 """The same kernels, told where to write to."""
-_COPIES = (_ATEN.clone.default, _ATEN._to_copy.default)
+_COPIES = (
+    _ATEN._to_copy.default,
+    _ATEN.clone.default,
+    _ATEN.contiguous.default,
+    _ATEN.to.dtype,
+    _ATEN.to.dtype_layout,
+)
+"""Where they make a tensor of their own."""
 
 
 class _Call(NamedTuple):
