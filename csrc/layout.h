@@ -15,8 +15,9 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return std::equal(of_a.begin(), of_a.end(), of_b.begin(), of_b.end());
 }
 
-inline bool is_channels_last(const Tensor& x) {
-  if (x.dim() != 4 || x.is_contiguous()) return false;
+// As a contiguous tensor of one channel or one pixel does too.
+inline bool lies_channels_last(const Tensor& x) {
+  if (x.dim() != 4) return false;
   const int64_t *sizes = x.sizes().data(), *strides = x.strides().data();
   int64_t expected = 1;
   for (const int64_t d : {1, 3, 2, 0}) {
@@ -26,8 +27,10 @@ inline bool is_channels_last(const Tensor& x) {
   return true;
 }
 
+inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && lies_channels_last(x); }
+
 inline Tensor to_channels_last(const Tensor& x) {
-  return is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  return lies_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
 inline Tensor keep_layout(const Tensor& x) { return is_channels_last(x) ? x : as_contiguous(x); }

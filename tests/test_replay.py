@@ -165,6 +165,7 @@ def own_forward(model):
         (None, lambda: torch.autocast("cpu", torch.bfloat16)),
         (None, Watch),
         (None, WatchFunctions),
+        (None, torch.profiler.profile),
     ],
 )
 def test_what_is_not_replayed(change, context, blocks):

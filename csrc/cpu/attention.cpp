@@ -1,6 +1,7 @@
 // attention on the CPU: checks, threads and the workspace around kernels/attention.h.
 #include "../common.h"
 #include "kernels.h"
+#include "program.h"
 #include "workspace.h"
 
 namespace ddpm_fast {
@@ -56,16 +57,12 @@ void run(const AttentionKernels& kernels, const AttentionPlan& plan, int64_t hea
   });
 }
 
-Tensor attention_cpu(Tensor qkv, int64_t heads) {
+void attention_into(Tensor qkv, int64_t heads, Tensor y) {
   const Dtype dtype = dtype_of("qkv", qkv);
   check(dtype == Dtype::kFloat || dtype == Dtype::kBFloat16, "qkv must be float32 or bfloat16");
-  check(
-      qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0,
-      "qkv must be (B, N, 3 C), C a multiple of heads");
   qkv = as_contiguous(qkv);
   const int64_t images = qkv.size(0), tokens = qkv.size(1), channels = qkv.size(2) / 3;
-  const Tensor y = torch::stable::new_empty(qkv, {images, tokens, channels});
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return;
   const AttentionKernels& kernels =
       dtype == Dtype::kFloat ? cpu::kernels().attention_float : cpu::kernels().attention_bfloat16;
   const AttentionPlan plan =
@@ -78,8 +75,18 @@ Tensor attention_cpu(Tensor qkv, int64_t heads) {
     char* const to = mutable_at(y, dtype, image * tokens * channels + channel);
     return AttentionHead{of(0), of(1), of(2), 3 * channels, to, channels};
   });
+}
+
+Tensor attention_cpu(Tensor qkv, int64_t heads) {
+  check(
+      qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0,
+      "qkv must be (B, N, 3 C), C a multiple of heads");
+  const Tensor y = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2) / 3});
+  attention_into(qkv, heads, y);
   return y;
 }
+
+const bool in_programs = runs_in_programs<attention_into>("attention");
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) { m.impl("attention", TORCH_BOX(&attention_cpu)); }
 

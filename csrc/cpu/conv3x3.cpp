@@ -8,6 +8,7 @@
 #include "conv3x3.h"
 #include "group_norm.h"
 #include "kernels.h"
+#include "program.h"
 #include "workspace.h"
 
 namespace ddpm_fast {
@@ -162,29 +163,54 @@ void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed
   pack(kernels_of(weight.scalar_type(), down, across, resize), weight, /*turned=*/false, packed);
 }
 
-Tensor conv3x3_packed_cpu(
+// What is convolved, how, and how large the result is.
+struct Convolved {
+  const Conv3x3Kernels& kernels;
+  Conv3x3Shape shape;
+  int64_t height, width;
+
+  Convolved(
+      const Tensor& x, int64_t out_channels, int64_t down, int64_t across, int64_t resize, int64_t shift)
+      : kernels(kernels_of(x.scalar_type(), down, across, resize)) {
+    check(x.dim() == 4 && x.numel() > 0, "x must be (B, C, H, W) and not empty");
+    check(out_channels > 0, "out_channels must be positive");
+    shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels, shift};
+    height = shape.resized(kernels.resize, x.size(2));
+    width = shape.resized(kernels.resize, x.size(3));
+    check(
+        shift == 0 || (shift == 1 && kernels.resize == cpu::Resize::kDown && height > 0 && width > 0),
+        "shift must be 0, or with stride 2 and two rows and columns 1");
+  }
+
+  Tensor empty(const Tensor& x, MemoryFormat layout) const {
+    return torch::stable::empty(
+        {shape.batch, shape.out_channels, height, width}, x.scalar_type(), std::nullopt, x.device(),
+        std::nullopt, layout);
+  }
+};
+void conv3x3_packed_into(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
-    int64_t across, int64_t resize, int64_t shift) {
-  check(x.dim() == 4 && x.numel() > 0, "x must be (B, C, H, W) and not empty");
-  check(out_channels > 0, "out_channels must be positive");
-  const bool channels_last = is_channels_last(x);
+    int64_t across, int64_t resize, int64_t shift, Tensor y) {
+  const Convolved convolved(x, out_channels, down, across, resize, shift);
   x = to_channels_last(x);
-  const Conv3x3Kernels& kernels = kernels_of(x.scalar_type(), down, across, resize);
-  const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels, shift};
-  const int64_t height = shape.resized(kernels.resize, x.size(2));
-  const int64_t width = shape.resized(kernels.resize, x.size(3));
-  check(
-      shift == 0 || (shift == 1 && kernels.resize == cpu::Resize::kDown && height > 0 && width > 0),
-      "shift must be 0, or with stride 2 and two rows and columns 1");
-  Tensor y = torch::stable::empty(
-      {x.size(0), out_channels, height, width}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-      MemoryFormat::ChannelsLast);
+  const bool in_place = lies_channels_last(y);
+  const Tensor result = in_place ? y : convolved.empty(x, MemoryFormat::ChannelsLast);
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = to_channels_last(*plus);
   }
-  convolve(kernels, shape, x, packed, bias, plus, y);
-  return channels_last ? y : torch::stable::contiguous(y);
+  convolve(convolved.kernels, convolved.shape, x, packed, bias, plus, result);
+  if (!in_place) torch::stable::copy_(y, result);
+}
+
+Tensor conv3x3_packed_cpu(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
+    int64_t across, int64_t resize, int64_t shift) {
+  const Convolved convolved(x, out_channels, down, across, resize, shift);
+  const Tensor y =
+      convolved.empty(x, is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  conv3x3_packed_into(x, packed, bias, plus, out_channels, down, across, resize, shift, y);
+  return y;
 }
 
 Tensor packed_now(const Tensor& weight, bool turned, int64_t down, int64_t across) {
@@ -228,19 +254,32 @@ void linear_pack_cpu(Tensor weight, Tensor packed) {
   pack(kernels, dtype, {floats(weight), in_features, 1, 0}, in_features, weight.size(0), packed);
 }
 
-Tensor linear_packed_cpu(
-    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
+void check_rows(const Tensor& x, int64_t out_features) {
   check(x.dim() == 2 && x.numel() > 0, "x must be (N, C) and not empty");
   check(out_features > 0, "out_features must be positive");
+}
+
+void linear_packed_into(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features, Tensor y) {
+  check_rows(x, out_features);
   x = as_contiguous(x);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = as_contiguous(*plus);
   }
   convolve(for_rows(x.scalar_type()), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+}
+
+Tensor linear_packed_cpu(
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
+  check_rows(x, out_features);
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  linear_packed_into(x, packed, bias, plus, out_features, y);
   return y;
 }
+
+const bool in_programs = runs_in_programs<conv3x3_packed_into>("conv3x3_packed") &&
+                         runs_in_programs<linear_packed_into>("linear_packed");
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, m) {
   m.impl("conv3x3_packed_size", TORCH_BOX(&conv3x3_packed_size_cpu));

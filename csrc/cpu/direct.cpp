@@ -1,27 +1,23 @@
 // The norms as functions of a Python module, past PyTorch's dispatcher, which takes longer to call an op than
 // a small norm takes. Each returns None where a call is anything but plain: the op then runs, or says what is
 // wrong. torch 2.14 and later hand tensors over; without that `set_up` returns False.
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
-
 #include <dlfcn.h>
 
 #include <cstring>
 #include <exception>
-#include <memory>
 
-#include "../common.h"
 #include "../layout.h"
 #include "group_norm.h"
+#include "module.h"
 
 namespace ddpm_fast {
-namespace {
 
 AOTITorchError (*tensor_from_python)(void*, AtenTensorHandle*);
+
+namespace {
+
 AOTITorchError (*tensor_to_python)(AtenTensorHandle, void*, void**);
 PyObject *tensor_type, *parameter_type, *watchers, *requires_grad;
-
-using Owned = std::unique_ptr<PyObject, void (*)(PyObject*)>;
 
 struct NotPlain {};
 
@@ -154,6 +150,8 @@ PyMethodDef methods[] = {
     {"set_up", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(set_up)), METH_FASTCALL, nullptr},
     {"group_norm_silu", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(group_norm_silu)),
      METH_FASTCALL, nullptr},
+    {"program_ops", program_op_names, METH_NOARGS, nullptr},
+    {"program", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

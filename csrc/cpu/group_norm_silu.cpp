@@ -7,16 +7,18 @@
 #include "../common.h"
 #include "../layout.h"
 #include "group_norm.h"
+#include "program.h"
 
 namespace ddpm_fast {
 
-GroupNormResult group_norm(const GroupNormCall& call) {
+namespace {
+
+// Of an x that is known to be one.
+void group_norm_into(const GroupNormCall& call, const Tensor& y, const OptionalTensor& concat) {
   Tensor x = call.x;
   OptionalTensor skip = call.skip;
   const int64_t num_groups = call.num_groups;
   const Dtype dtype = dtype_of("x", x);
-  check(dtype != Dtype::kDouble, "x must be float32, bfloat16 or float16");
-  check(x.dim() >= 2 && x.numel() > 0, "x must be (B, C, ...) and not empty");
   const int64_t batch = x.size(0), from_x = x.size(1), pixels = x.numel() / (batch * from_x);
   const int64_t from_skip = skip ? skip->size(1) : 0, channels = from_x + from_skip;
   check(num_groups > 0 && channels % num_groups == 0, "num_groups must divide the channels");
@@ -34,9 +36,6 @@ GroupNormResult group_norm(const GroupNormCall& call) {
     }
     skip = like_layout(*skip, x);
   }
-  Tensor y = skip ? empty_with_channels(x, channels) : empty_as(x);
-  OptionalTensor concat;
-  if (call.builds) concat = empty_with_channels(x, channels);
   const Channels weights("weight", call.weight, channels), biases("bias", call.bias, channels);
   const Channels adds("add", call.add, batch * channels), scales("scale", call.scale, batch * channels);
   const Channels shifts("shift", call.shift, batch * channels);
@@ -74,7 +73,7 @@ GroupNormResult group_norm(const GroupNormCall& call) {
         first += groups;
       }
     });
-    return {y, concat};
+    return;
   }
 
   const int64_t part = channels_together(batch, channels, group);
@@ -92,7 +91,19 @@ GroupNormResult group_norm(const GroupNormCall& call) {
           args(b, c), reinterpret_cast<float*>(scratch.data()));
     }
   });
-  return {y, concat};
+}
+
+}  // namespace
+
+GroupNormResult group_norm(const GroupNormCall& call) {
+  const Tensor& x = call.x;
+  check(dtype_of("x", x) != Dtype::kDouble, "x must be float32, bfloat16 or float16");
+  check(x.dim() >= 2 && x.numel() > 0, "x must be (B, C, ...) and not empty");
+  const int64_t channels = x.size(1) + (call.skip ? call.skip->size(1) : 0);
+  GroupNormResult result = {empty_with_channels(x, channels), {}};
+  if (call.builds) result.concat = empty_with_channels(x, channels);
+  group_norm_into(call, *result.y, result.concat);
+  return result;
 }
 
 namespace {
@@ -111,6 +122,23 @@ std::tuple<Tensor, Tensor> group_norm_silu_concat_cpu(
   const GroupNormResult result = group_norm(call);
   return {*result.y, concat ? *result.concat : torch::stable::new_empty(*result.y, {0})};
 }
+
+void group_norm_silu_into(
+    Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps, OptionalTensor add,
+    OptionalTensor scale, OptionalTensor shift, bool silu, Tensor y) {
+  group_norm_into({x, {}, num_groups, weight, bias, eps, add, scale, shift, silu}, y, {});
+}
+
+void group_norm_silu_concat_into(
+    Tensor x, Tensor skip, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps,
+    OptionalTensor add, OptionalTensor scale, OptionalTensor shift, bool silu, bool builds, Tensor y,
+    Tensor concat) {
+  const OptionalTensor built = builds ? OptionalTensor(concat) : std::nullopt;
+  group_norm_into({x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, builds}, y, built);
+}
+
+const bool in_programs = runs_in_programs<group_norm_silu_into>("group_norm_silu_forward") &&
+                         runs_in_programs<group_norm_silu_concat_into>("group_norm_silu_concat_forward");
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cpu));

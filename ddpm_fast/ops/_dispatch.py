@@ -115,6 +115,8 @@ def _load_direct() -> tuple[Any, str | None]:
 
 
 _DIRECT, DIRECT_MISSING = _load_direct()
+PROGRAM_OPS: frozenset[str] = frozenset() if _DIRECT is None else frozenset(_DIRECT.program_ops())
+"""The ops that `direct("program")` makes one function of: see `replay.program`."""
 
 
 def direct(name: str) -> Callable[..., Any]:
