@@ -1,4 +1,4 @@
-"""What a recording becomes: places in an arena, and our own ops past the dispatcher, to the bit as they were."""
+"""What a recording becomes: places in an arena, our own ops past the dispatcher, to the bit as they were."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_what_lives_at_one_time_lies_apart(generator):
         begins, total = plan(lifetimes)
         places = [(b, b + life.bytes, life) for b, life in zip(begins, lifetimes, strict=True)]
         for k, (begin, end, life) in enumerate(places):
-            assert begin % LINE == 0 and 0 <= begin and end <= total
+            assert begin % LINE == 0 and begin >= 0 and end <= total
             for other_begin, other_end, other in places[:k]:
                 together = life.first <= other.last and other.first <= life.last
                 assert not together or end <= other_begin or other_end <= begin

@@ -103,7 +103,9 @@ class _Function:
             return None
         into = [self.variables[target].whole for target in line.targets]
         if _is_own(line):
-            return [_Call(line.op, (*line.args, *into), {})]
+            rest = line.op._schema.arguments[len(line.args) :]
+            defaults = (line.kwargs.get(each.name, each.default_value) for each in rest)
+            return [_Call(line.op, (*line.args, *defaults, *into), {})]
         if line.op in _INTO:
             return [_Call(_INTO[line.op], line.args, line.kwargs | {"out": into[0]})]
         if line.op in _COPIES:

@@ -164,23 +164,24 @@ struct DigitsProducts {
     const int64_t of_tile = kDigits * kTile, next = tiles(depth) * of_tile;
     const auto* const rows = reinterpret_cast<const int8_t*>(a);
     const auto* const columns = reinterpret_cast<const int8_t*>(b);
-    for (int half = 0; half < 2; ++half) {
-      for (int64_t k = 0; k < tiles(depth); k += kMostDepth) {
-        const int8_t* const at = columns + half * next + k * of_tile;
-        scores_.multiply({
-            rows + k * of_tile,
-            next,
-            a + units_at(depth),
-            at,
-            b + units_at(depth) + half * kLanes,
-            tiles(depth) - k < kMostDepth ? tiles(depth) - k : kMostDepth,
-            at,
-            0,
-            m + half * kLanes,
-            count,
-            k > 0,
-        });
-      }
+    for (int64_t k = 0; k < tiles(depth); k += kMostDepth) {
+      const int8_t* const at = columns + k * of_tile;
+      scores_.multiply({
+          rows + k * of_tile,
+          next,
+          a + units_at(depth),
+          at,
+          next,
+          b + units_at(depth),
+          tiles(depth) - k < kMostDepth ? tiles(depth) - k : kMostDepth,
+          at,
+          0,
+          m,
+          kPanel,
+          count,
+          kNoOffset,
+          k > 0 ? m : nullptr,
+      });
     }
   }
 
