@@ -107,7 +107,9 @@ def _known(
 
 
 def _measured(names: tuple[str, ...], prior: str, make: Callable[[str], Call]) -> str:
-    others = torch.empty(LARGER_THAN_CACHES, dtype=torch.uint8)  # takes no memory until it is written
+    others = torch.empty(
+        LARGER_THAN_CACHES, dtype=torch.uint8, device="cpu"
+    )  # takes no memory until it is written
     calls = _contenders(names, prior, make, others)
     best = prior
     for _ in range(2):
