@@ -247,7 +247,7 @@ class Conv2d(nn.Conv2d):
         kernel = self._kernel(x, first) if packable else None
         if kernel is None and first is not None:
             x = _FIRST[first](x)
-            kernel = self._kernel(x, None) if packable else None
+            kernel = self._kernel(x, None) if packable and self._packable(x) else None
         if kernel is not None:
             weight = self._pack_own(packs, kernel)
             return ops.conv3x3_packed(x, weight, bias, plus=plus, padding=kernel.padding)
