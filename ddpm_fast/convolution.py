@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -106,14 +105,16 @@ PIXELS_A_THREAD = 1024
 """With more of them the order of algorithms stays as it is, and a measurement would take longer."""
 
 
-def allowed_conv3x3(dtype: torch.dtype) -> tuple[str, ...]:
+def allowed_conv3x3(dtype: torch.dtype, resize: str | None = None) -> tuple[str, ...]:
     """What may be faster than the table says: a whole float32 U-Net has to stay within 5e-6 of float64.
 
     On AMX F(4x4) would be the one that errs most. In bfloat16 none errs more than direct convolution.
     """
-    if dtype == torch.bfloat16:
-        return ("direct", ONEDNN) if has_amx() else ("f2", "f4x2", "f4", ONEDNN)
-    return ("direct", "f2", "f4x2", ONEDNN) if has_amx() else ("direct", "f2", "f4x2", "f4", ONEDNN)
+    if resize is not None:
+        return ("f2", ONEDNN) if resize == "up" else ("direct", "f2", ONEDNN)
+    if has_amx():
+        return ("direct", ONEDNN) if dtype == torch.bfloat16 else ("direct", "f2", "f4x2", ONEDNN)
+    return ("direct", "f2", "f4x2", "f4", ONEDNN)
 
 
 def measured_batch(batch: int, height: int, width: int) -> int:
@@ -298,39 +299,39 @@ class Conv2d(nn.Conv2d):
             return None
         resize, padding = _OWN_WINDOWS[window]
         batch, _, height, width = x.shape
-        if resize is not None and height * width == 1:  # whose layout the result would not have
-            return None
+        if resize is not None and (height * width == 1 or x.dtype == torch.bfloat16):
+            return None  # an image of one pixel has not the layout of the result
         shape = batch, self.in_channels, height, width
-        halves = x.dtype == torch.bfloat16
-        if resize is None:
-            prior = fastest_bfloat16(*shape) if halves else fastest_conv3x3(*shape)
-            algorithm = self._fastest(x, prior)
+        if resize is not None:
+            prior = fastest_resizing(resize, *shape)
         else:
-            algorithm = None if halves else fastest_resizing(resize, *shape)
+            prior = (fastest_bfloat16 if x.dtype == torch.bfloat16 else fastest_conv3x3)(*shape)
+        algorithm = self._fastest(x, prior, resize, first)
         return None if algorithm is None else Kernel(algorithm, resize, padding)
 
-    def _fastest(self, x: Tensor, prior: str | None) -> str | None:
+    def _fastest(self, x: Tensor, prior: str | None, resize: str | None, first: str | None) -> str | None:
         """``prior``, or what is faster on this processor."""
         name = _TRIED.get()
         if name is None:
             batch, _, height, width = x.shape
             shape = measured_batch(batch, height, width), self.in_channels, height, width
-            of = "conv3x3", x.dtype, *shape, self.out_channels
-            make = partial(self._timed, shape)
-            name = tuning.fastest(of, allowed_conv3x3(x.dtype), prior or ONEDNN, make)
+            of = "conv3x3", resize or "", first or "", x.dtype, *shape, self.out_channels
+            make = partial(self._timed, shape, first)
+            name = tuning.fastest(of, allowed_conv3x3(x.dtype, resize), prior or ONEDNN, make)
         return None if name == ONEDNN else name
 
-    def _timed(self, shape: tuple[int, int, int, int], name: str) -> tuning.Call:
+    def _timed(self, shape: tuple[int, int, int, int], first: str | None, name: str) -> tuning.Call:
         """This layer by one algorithm, on an x of that shape."""
-        values = torch.linspace(-1, 1, math.prod(shape), dtype=self.weight.dtype, device="cpu")
-        x = values.view(shape).contiguous(memory_format=torch.channels_last)
+        noise = torch.Generator().manual_seed(0)  # where differences vanish, AMX takes 2 to 4 times as long
+        x = torch.randn(shape, generator=noise, dtype=self.weight.dtype, device="cpu")
+        x = x.contiguous(memory_format=torch.channels_last)
         packs: Packs = {}
 
         def run() -> None:
             tried = _TRIED.set(name)
             try:
                 with packing(packs):
-                    self.forward(x)
+                    self.forward(x, first=first)
             finally:
                 _TRIED.reset(tried)
 
