@@ -21,13 +21,18 @@ Workspace& for_scratch() {
   return workspace;
 }
 
+constexpr int64_t kWorthAThread = int64_t{1} << 19;  // products: some 10 us
+
 // With heads for every thread, a thread takes whole ones: nothing waits, and nothing is read from another's
-// cache. With fewer, all threads lay out keys and values, and then take blocks of queries.
+// cache. With fewer, all threads lay out keys and values, and then take blocks of queries, unless one thread
+// has done it all by then.
 template <typename HeadAt>
 void run(const AttentionKernels& kernels, const AttentionPlan& plan, int64_t heads, const HeadAt& head_at) {
   const int64_t threads = torch::stable::get_num_threads();
-  if (heads % threads == 0 || heads >= 4 * threads) {
-    torch::stable::parallel_for(0, heads, 1, [&](int64_t first, int64_t last) {
+  const int64_t products = 2 * plan.tokens * plan.tokens * plan.width;  // of a head
+  if (heads % threads == 0 || heads >= 4 * threads || heads * products < 2 * kWorthAThread) {
+    const int64_t grain = (kWorthAThread + products - 1) / products;
+    torch::stable::parallel_for(0, heads, grain, [&](int64_t first, int64_t last) {
       float* const laid_out = for_keys_and_values().floats(plan.laid_out);
       float* const scratch = for_scratch().floats(plan.scratch);
       for (int64_t head = first; head < last; ++head) {
