@@ -250,7 +250,9 @@ define(
     _fake_weight_gradient,
     file="conv3x3",
 )
-LIBRARY.define("conv3x3_packed_size(int in_channels, int out_channels, int down, int across, ScalarType dtype) -> int")
+LIBRARY.define(
+    "conv3x3_packed_size(int in_channels, int out_channels, int down, int across, ScalarType dtype) -> int"
+)
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "conv3x3_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_channels, "
