@@ -524,7 +524,8 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
     if (!(std::abs(got - exact) < 1e-5 * (9 * s.in_channels + 2) + rounding)) {
       std::printf(
           "%ld x %ld, %ld %ld %ld %ld %ld: %g, not %g\\n", (long)kernels.down, (long)kernels.across,
-          (long)s.batch, (long)s.height, (long)s.width, (long)s.in_channels, (long)s.out_channels, got, exact);
+          (long)s.batch, (long)s.height, (long)s.width, (long)s.in_channels, (long)s.out_channels, got,
+          exact);
       std::exit(1);
     }
   }
