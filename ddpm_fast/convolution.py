@@ -44,9 +44,9 @@ the first steps of the next run save by them. A run that finds one here looks at
 def packing(packs: Packs, low_memory: bool = False) -> Iterator[None]:
     """Within, each `Conv2d` keeps its laid-out weight in ``packs``: for one run, whose weights do not change.
 
-    oneDNN's copies are as large as the weights, and gone with ``packs``. Ours are up to four times as large, of
-    bfloat16 without AMX eight times; they are kept as long as their module, for the next run that finds the weight as it was. With
-    ``low_memory`` there are none.
+    oneDNN's copies are as large as the weights, and gone with ``packs``. Ours are up to four times as large,
+    of bfloat16 without AMX eight times; they are kept as long as their module, for the next run that finds
+    the weight as it was. With ``low_memory`` there are none.
     """
     token, low = _PACKS.set(packs), _LOW_MEMORY.set(low_memory)
     try:
