@@ -1,6 +1,6 @@
-"""The 3x3 convolutions of google/ddpm-cifar10-32's U-Net, float32: our kernels beside oneDNN's, prepacked.
+"""The 3x3 convolutions of google/ddpm-cifar10-32's U-Net: our kernels beside oneDNN's, prepacked.
 
-    python benchmarks/bench_conv3x3.py [--batch 1 8] [--rounds 10]
+    python benchmarks/bench_conv3x3.py [--batch 1 8] [--rounds 10] [--dtype float32 | bfloat16]
 
 Every arm runs the network's layers in order, each with its own weights, so that they come from beyond the
 caches as they do in a step; arms are interleaved round by round. oneDNN enlarges the image in a pass of its
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm_fast import UNet, UNetConfig, ops
-from ddpm_fast.convolution import Conv2d, fastest_conv3x3, fastest_resizing
+from ddpm_fast.convolution import Conv2d, fastest_bfloat16, fastest_conv3x3, fastest_resizing
 from ddpm_fast.ops._dispatch import cpu_kernels
 from ddpm_fast.ops.conv3x3 import ALGORITHMS, RESIZES
 
@@ -47,8 +47,10 @@ class Layer(NamedTuple):
     def flops(self, batch: int) -> int:
         return 18 * batch * self.channels * self.out_channels * self.out_side**2
 
-    def fastest(self, batch: int) -> str:
+    def fastest(self, batch: int, dtype: torch.dtype) -> str:
         size = batch, self.channels, self.side, self.side
+        if dtype == torch.bfloat16:
+            return (None if self.resize else fastest_bfloat16(*size)) or "oneDNN"
         return (fastest_resizing(self.resize, *size) if self.resize else fastest_conv3x3(*size)) or "oneDNN"
 
 
@@ -71,13 +73,13 @@ def layers() -> list[Layer]:
     return found
 
 
-def calls(batch: int, layer: Layer) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
+def calls(batch: int, layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
     """The layer by each arm, on weights of its own, and the float64 answer."""
     x = torch.randn(batch, layer.channels, layer.side, layer.side).contiguous(
         memory_format=torch.channels_last
     )
     weight = torch.randn(layer.out_channels, layer.channels, 3, 3) / (9 * layer.channels) ** 0.5
-    bias = torch.randn(layer.out_channels)
+    x, weight, bias = (v.to(dtype) for v in (x, weight, torch.randn(layer.out_channels)))
     stride = 2 if layer.resize == "down" else 1
 
     def enlarged(x: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def calls(batch: int, layer: Layer) -> tuple[dict[str, Callable[[], Tensor]], Te
         does = algorithm in RESIZES[layer.resize]
         packed = ops.pack_conv3x3(weight, algorithm if does else layer.fastest(batch), layer.resize)
         arms[algorithm] = lambda packed=packed: ops.conv3x3_packed(x, packed, bias)
-    arms["chosen"] = arms[layer.fastest(batch)]
+    arms["chosen"] = arms[layer.fastest(batch, dtype)]
     return arms, exact
 
 
@@ -100,18 +102,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
     net = layers()
     threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {cpu_kernels()}, {threads} threads, {len(net)} layers")
+    print(
+        f"torch {torch.__version__}, {cpu_kernels()}, {threads} threads, {len(net)} layers, {options.dtype}"
+    )
     for batch in options.batch:
-        measure(net, batch, options.rounds)
+        measure(net, batch, options.rounds, getattr(torch, options.dtype))
 
 
 @torch.no_grad()
-def measure(net: list[Layer], batch: int, rounds: int) -> None:
+def measure(net: list[Layer], batch: int, rounds: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    built = [calls(batch, layer) for layer in net]
+    built = [calls(batch, layer, dtype) for layer in net]
     arms = list(built[0][0])
     errors = {
         arm: [((run[arm]()[:1] - exact).norm() / exact.norm()).item() for run, exact in built] for arm in arms
@@ -140,7 +145,7 @@ def measure(net: list[Layer], batch: int, rounds: int) -> None:
         ratios = "".join(f"  {taken['oneDNN'] / taken[algorithm]:6.2f}x" for algorithm in ALGORITHMS)
         print(
             f"{name:>16s}  {len(places):5d}  {speed['oneDNN']:15.0f} {worst['oneDNN']:.1e}{ratios}   "
-            f"{layer.fastest(batch):>6s} {speed['chosen']:8.0f} {worst['chosen']:.1e}"
+            f"{layer.fastest(batch, dtype):>6s} {speed['chosen']:8.0f} {worst['chosen']:.1e}"
         )
     sums = {arm: [sum(taken) for taken in times[arm]] for arm in arms}
     for arm in arms:

@@ -68,9 +68,9 @@ the first steps of the next run save by them. A run that finds one here looks at
 def packing(packs: Packs, low_memory: bool = False) -> Iterator[None]:
     """Within, each `Conv2d` keeps its laid-out weight in ``packs``: for one run, whose weights do not change.
 
-    oneDNN's copies are as large as the weights, and gone with ``packs``. Ours are up to four times as large;
-    they are kept as long as their module, for the next run that finds the weight as it was. With
-    ``low_memory`` there are none.
+    oneDNN's copies are as large as the weights, and gone with ``packs``. Ours are up to four times as large,
+    of bfloat16 without AMX eight times; they are kept as long as their module, for the next run that finds
+    the weight as it was. With ``low_memory`` there are none.
     """
     token, low = _PACKS.set(packs), _LOW_MEMORY.set(low_memory)
     try:
@@ -225,8 +225,8 @@ class Conv2d(nn.Conv2d):
 
     On the CPU torch lays a weight out for oneDNN anew at every call, which for one image costs up to three
     quarters of the convolution itself. Within `packing`, where x is channels_last float32 or bfloat16, this
-    layer does it once for a shape of x; and in float32 a 3x3 window of stride 1 or 2 is our own kernels',
-    where they are faster. Elsewhere it is ``nn.Conv2d``.
+    layer does it once for a shape of x; and a 3x3 window of stride 1, in float32 of stride 2 too, is our own
+    kernels', where they are faster. Elsewhere it is ``nn.Conv2d``.
     """
 
     def forward(

@@ -166,6 +166,30 @@ def test_a_3x3_window_is_our_own_kernels(batch, side, algorithm, amx, generator,
     assert own[conv].weight.algorithm == algorithm
 
 
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("side,algorithm", [(32, "f4"), (16, "f4x2"), (8, None)])
+def test_a_3x3_window_in_bfloat16(side, algorithm, amx, generator, own, monkeypatch):
+    if not can_pack(torch.bfloat16):
+        pytest.skip("oneDNN has no bfloat16 here")
+    monkeypatch.setattr(convolution, "has_amx", lambda: amx)
+    conv = Conv2d(32, 48, 3, padding=1).bfloat16()
+    x = channels_last(1, 32, side, side, generator=generator).bfloat16()
+    plus = channels_last(1, 48, side, side, generator=generator).bfloat16()
+    with torch.no_grad():
+        eager, exact = nn.Conv2d.forward(conv, x), copy.deepcopy(conv).double()(x.double())
+        got = conv(x, plus)
+    check_error_rule(got, plus + eager, plus + exact)
+    packed = own[conv].weight
+    if amx:
+        algorithm = "direct"
+        assert not has_amx() or convolution.packed_bytes(own) == 9 * 32 * 64 * 2  # 48 filled up to 64
+    assert isinstance(packed, torch.Tensor) if algorithm is None else packed.algorithm == algorithm
+    own.clear()
+    with torch.no_grad(), packing(own, low_memory=True):
+        conv(x)
+    assert isinstance(own[conv].weight, torch.Tensor)
+
+
 @pytest.mark.parametrize("plus", [True, False])
 def test_it_learns_by_our_own_kernels(plus, generator, own):
     """With a gradient asked for, from 32 tiles on: forward and backward are the op's, elsewhere torch's."""
@@ -284,20 +308,22 @@ def amx(monkeypatch):
     monkeypatch.setattr(convolution, "has_amx", lambda: True)
 
 
-def test_a_linear_layer_is_our_own_on_amx(generator, own, amx):
-    layer, shortcut = Linear(64, 40), Shortcut(64, 40)
-    tokens = torch.randn(2, 9, 64, generator=generator)
-    x, h = (channels_last(2, channels, 3, 5, generator=generator) for channels in (64, 40))
-    plus = torch.randn(2, 9, 40, generator=generator)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_is_our_own_on_amx(dtype, generator, own, amx):
+    layer, shortcut = Linear(64, 40).to(dtype), Shortcut(64, 40).to(dtype)
+    tokens = torch.randn(2, 9, 64, generator=generator).to(dtype)
+    x, h = (channels_last(2, channels, 3, 5, generator=generator).to(dtype) for channels in (64, 40))
+    plus = torch.randn(2, 9, 40, generator=generator).to(dtype)
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
 
     def check() -> None:
         with torch.no_grad():
-            torch.testing.assert_close(layer(tokens), nn.Linear.forward(layer, tokens), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(layer(tokens), nn.Linear.forward(layer, tokens), **near)
             expected = nn.Linear.forward(layer, tokens) + plus
-            torch.testing.assert_close(layer(tokens, plus), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(layer(tokens, plus), expected, **near)
             expected = h + nn.functional.conv2d(x, shortcut.weight)
             got = shortcut(x, h.clone(memory_format=torch.preserve_format))
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, expected, **near)
         assert got.is_contiguous(memory_format=torch.channels_last)
 
     check()
@@ -327,8 +353,11 @@ def test_where_a_linear_layer_is_the_plain_one(generator, own, amx, monkeypatch)
         layer.float()
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+        with packing(own, low_memory=True):
+            layer(x)
         monkeypatch.setattr(convolution, "has_amx", lambda: False)
         layer(x)
+        layer.bfloat16()(x.bfloat16())
     assert not own
 
 
@@ -349,6 +378,30 @@ def test_the_whole_network_against_float64(generator, own):
         pack.weight.algorithm for pack in own.values() if isinstance(pack.weight, ops.PackedConv3x3)
     }
     assert algorithms >= {"f2" if has_amx() else "f4"}
+    assert has_amx() == any(isinstance(pack.weight, ops.PackedLinear) for pack in own.values())
+
+
+def test_the_whole_network_in_bfloat16(generator, own):
+    """No further from float64 than PyTorch's own layers, of the same weights in bfloat16."""
+    config = UNetConfig((64, 128), (False, True), (True, False), sample_size=32)
+    model = UNet(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # some start at zero
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+    model = model.bfloat16()
+    exact_model = copy.deepcopy(model).double()
+    for batch in (1, 8):
+        x = channels_last(batch, 3, 32, 32, generator=generator).bfloat16()
+        with torch.no_grad():
+            exact = exact_model(x.double(), 500)
+            got = model(x, 500)
+            token = convolution._PACKS.set(None)
+            eager = model(x, 500)
+            convolution._PACKS.reset(token)
+        assert (got - exact).norm() <= 1.1 * (eager - exact).norm()  # they round alike, by chance
+    if can_pack(torch.bfloat16):
+        assert any(isinstance(pack.weight, ops.PackedConv3x3) for pack in own.values())
     assert has_amx() == any(isinstance(pack.weight, ops.PackedLinear) for pack in own.values())
 
 

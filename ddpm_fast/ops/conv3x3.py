@@ -65,9 +65,12 @@ def conv3x3(
     errs by 0.2-0.4e-6, "f2" by 0.4-0.6e-6, "f4x2" by 0.8-1.0e-6, "f4" by 1.2-1.8e-6; numbers that are tiny
     beside the largest channel of their pixel count for less than in float32.
 
+    Of bfloat16 all of it is in float32, transforms too, and the result is rounded once: 1.7e-3, whatever the
+    algorithm. "direct" on AMX takes products of bfloat16, summed in float32, and is the fastest there.
+
     An infinity or NaN in x shows in every output of the tiles that read it, on AMX as NaN. A call transforms
     the weight too: for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse mode: to x
-    by ``algorithm``, to weight by F(4x4, 3x3) turned about, which errs as "f4".
+    by ``algorithm``, to weight by F(4x4, 3x3) turned about, which errs as "f4"; of bfloat16 by PyTorch's own.
 
     Args:
         x: ``(B, C_in, H, W)`` float32, bfloat16, float16 or float64; contiguous or channels_last, which is
@@ -104,7 +107,9 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2", resize: str | None = Non
     """Transform a weight and lay it out, for many calls of `conv3x3_packed` on this processor.
 
     It takes the weight's memory, for "f2" 16/9, "f4x2" 24/9, "f4" 4 times as much; C_out is rounded up to 32.
-    On AMX it takes 3/4 of that, and C_in, from 64 on, is rounded up to 64. To convolve and resize at once:
+    On AMX it takes 3/4 of that, and C_in, from 64 on, is rounded up to 64. Of a bfloat16 weight it takes what
+    a float32 one would, but by "direct" on AMX the weight's own memory, C_in rounded up to 32. To convolve
+    and resize at once:
 
     - "up", the convolution of ``F.interpolate(x, scale_factor=2, mode="nearest")``, which is not made: one in
       four of F(2, 3)'s products would be of zeros in each dimension, and "f2" takes 9 for 4 outputs and the
@@ -114,7 +119,7 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2", resize: str | None = Non
       with the middle one.
 
     Args:
-        weight: ``(C_out, C_in, 3, 3)`` float32 on the CPU. A later change of it does not show.
+        weight: ``(C_out, C_in, 3, 3)`` float32 or bfloat16 on the CPU. A later change of it does not show.
         algorithm: as in `conv3x3`; with ``resize`` "up" it is "f2", with "down" "direct" or "f2".
         resize: "up", "down", or None, which keeps height and width.
 
@@ -152,8 +157,8 @@ def conv3x3_packed(
     """`conv3x3` with a weight that `pack_conv3x3` has laid out, maybe to resize. Not differentiable.
 
     Args:
-        x: ``(B, C_in, H, W)`` float32 on the CPU.
-        packed: of a weight ``(C_out, C_in, 3, 3)``.
+        x: ``(B, C_in, H, W)`` float32 or bfloat16 on the CPU.
+        packed: of a weight ``(C_out, C_in, 3, 3)`` in ``x``'s dtype.
         bias: as in `conv3x3`.
         plus: of the result's shape.
         padding: zeros before and after each dimension: (1, 1), or with ``resize`` "down" (0, 1).
