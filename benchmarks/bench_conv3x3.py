@@ -4,9 +4,8 @@
 
 Every arm runs the network's layers in order, each with its own weights, so that they come from beyond the
 caches as they do in a step; arms are interleaved round by round. oneDNN enlarges the image in a pass of its
-own; a layer that resizes is in an arm whose algorithm does not by the one that is chosen. Ratios are of
-medians; GFLOP/s count the direct convolution's multiplications and additions; errors are relative to float64,
-in the 2-norm.
+own; a layer that resizes is in an arm whose algorithm does not by f2. Ratios are of medians; GFLOP/s count
+the direct convolution's multiplications and additions; errors are relative to float64, in the 2-norm.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def calls(batch: int, layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Calla
     arms = {"oneDNN": lambda: convolve(enlarged(x), laid_out, bias, *window, "none", [], "")}
     for algorithm in ALGORITHMS:
         does = algorithm in RESIZES[layer.resize]
-        packed = ops.pack_conv3x3(weight, algorithm if does else layer.fastest(batch), layer.resize)
+        packed = ops.pack_conv3x3(weight, algorithm if does else "f2", layer.resize)
         arms[algorithm] = lambda packed=packed: ops.conv3x3_packed(x, packed, bias)
     arms["chosen"] = arms[layer.fastest(batch, dtype)]
     return arms, exact

@@ -1,8 +1,9 @@
-"""What a recording becomes: places in an arena, our own ops past the dispatcher, to the bit as they were."""
+"""What a recording becomes: places in an arena, and our own ops past the dispatcher, with the same bits."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ddpm_fast.ops._dispatch import NATIVE_MISSING, PROGRAM_OPS, direct
 from ddpm_fast.replay import Replayed
 from ddpm_fast.replay.arena import LINE, Lifetime, plan
 
+CPU = Path(__file__).parent.parent / "csrc" / "cpu"
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 native = pytest.mark.skipif(not PROGRAM_OPS, reason=f"no calls past the dispatcher: {NATIVE_MISSING}")
 
@@ -130,6 +132,35 @@ def test_our_own_ops(layout, generator):
                 assert torch.equal(replayed(inputs[1]), call(inputs[1]))
             finally:
                 torch.set_num_threads(threads)
+
+
+def test_loops_are_the_teams():
+    """In a team, a loop of torch's would be run by one thread, without a word."""
+    files = [file for file in CPU.glob("*.cpp") if "runs_in_programs<" in file.read_text()]
+    assert len(files) >= 2
+    assert all("torch::stable::parallel_for" not in file.read_text() for file in files)
+
+
+@native
+@pytest.mark.parametrize("threads", [2, 5])
+def test_a_team_cuts_as_torch_does(threads, generator):
+    x = torch.randn(1, 64, 64, 40, generator=generator).contiguous(memory_format=torch.channels_last)
+    packed = ops.pack_conv3x3(torch.randn(48, 64, 3, 3, generator=generator), "f2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, z = torch.empty_like(x), torch.empty(1, 48, 64, 40).contiguous(memory_format=torch.channels_last)
+        norm = (x, 4, None, None, 1e-5, None, None, None, True)
+        conv = (packed.weight, None, None, 48, 2, 2)
+        calls = ("group_norm_silu_forward", (*norm, y)), ("conv3x3_packed", (y, *conv, z))
+        program = direct("program")(tuple((f"ddpm_fast::{name}", given) for name, given in calls * 3), 0)
+        expected = torch.ops.ddpm_fast.group_norm_silu_forward(*norm)
+        for _ in range(20):
+            program()
+            assert torch.equal(y, expected)
+        assert torch.equal(z, torch.ops.ddpm_fast.conv3x3_packed(expected, *conv))
+    finally:
+        torch.set_num_threads(before)
 
 
 @native

@@ -9,6 +9,7 @@
 #include "group_norm.h"
 #include "kernels.h"
 #include "program.h"
+#include "team.h"
 #include "workspace.h"
 
 namespace ddpm_fast {
@@ -56,7 +57,7 @@ void run(
     const float* bias, const void* plus, void* y) {
   const int64_t blocks = plan.blocks;
   if (blocks >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       float* const transformed = for_tiles().floats(plan.transformed);
       float* const products = for_products().floats(plan.products);
       float* const scratch = for_scratch().floats(plan.scratch);
@@ -68,7 +69,7 @@ void run(
     return;
   }
   float* const transformed = for_tiles().floats(blocks * plan.transformed);
-  torch::stable::parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
     float* const scratch = for_scratch().floats(plan.scratch);
     for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
       const int64_t begin = block * plan.block;
@@ -77,7 +78,7 @@ void run(
           transformed + block * plan.transformed, scratch);
     }
   });
-  torch::stable::parallel_for(0, plan.panels * blocks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, plan.panels * blocks, 1, [&](int64_t first, int64_t last) {
     float* const products = for_products().floats(plan.products);
     for (int64_t task = first; task < last; ++task) {
       const int64_t panel = task / blocks, block = task % blocks;
@@ -120,7 +121,7 @@ void pack(
   check(holds(packed, dtype, plan), "packed must be in the weight's dtype, with ", plan.packed, " floats");
   float* const to = static_cast<float*>(packed.mutable_data_ptr());
   in_huge_pages(to, plan.packed);
-  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, plan.panels, 1, [&](int64_t first, int64_t last) {
     float* const scratch = for_scratch().floats(32 * plan.scratch);
     kernels.pack(plan, weight, first, last, to, scratch);
   });

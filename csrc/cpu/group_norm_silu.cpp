@@ -8,6 +8,7 @@
 #include "../layout.h"
 #include "group_norm.h"
 #include "program.h"
+#include "team.h"
 
 namespace ddpm_fast {
 
@@ -63,7 +64,7 @@ void group_norm_into(const GroupNormCall& call, const Tensor& y, const OptionalT
 
   if (!channels_last) {
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (group * pixels));
-    torch::stable::parallel_for(0, batch * num_groups, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, batch * num_groups, grain, [&](int64_t first, int64_t last) {
       while (first < last) {  // groups of one image at a time
         const int64_t b = first / num_groups, groups = std::min(last, (b + 1) * num_groups) - first;
         const int64_t c = first % num_groups * group, element = first * group * pixels;
@@ -79,7 +80,7 @@ void group_norm_into(const GroupNormCall& call, const Tensor& y, const OptionalT
   const int64_t part = channels_together(batch, channels, group);
   const int64_t parts = (channels + part - 1) / part;
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (part * pixels));
-  torch::stable::parallel_for(0, batch * parts, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, batch * parts, grain, [&](int64_t first, int64_t last) {
     thread_local std::vector<double> scratch;
     for (int64_t k = first; k < last; ++k) {
       const int64_t b = k / parts, c = k % parts * part, width = std::min(part, channels - c);

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "module.h"
+#include "team.h"
 
 namespace ddpm_fast {
 namespace {
@@ -68,7 +69,9 @@ PyObject* run(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
   }
   PyThreadState* const thread = PyEval_SaveThread();
   try {
-    for (const BoundCall& call : program.calls) call();
+    as_a_team([&] {
+      for (const BoundCall& call : program.calls) call();
+    });
   } catch (const std::exception& raised) {
     error = raised.what();
   }
