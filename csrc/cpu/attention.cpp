@@ -2,6 +2,7 @@
 #include "../common.h"
 #include "kernels.h"
 #include "program.h"
+#include "team.h"
 #include "workspace.h"
 
 namespace ddpm_fast {
@@ -32,7 +33,7 @@ void run(const AttentionKernels& kernels, const AttentionPlan& plan, int64_t hea
   const int64_t products = 2 * plan.tokens * plan.tokens * plan.width;  // of a head
   if (heads % threads == 0 || heads >= 4 * threads || heads * products < 2 * kWorthAThread) {
     const int64_t grain = (kWorthAThread + products - 1) / products;
-    torch::stable::parallel_for(0, heads, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, heads, grain, [&](int64_t first, int64_t last) {
       float* const laid_out = for_keys_and_values().floats(plan.laid_out);
       float* const scratch = for_scratch().floats(plan.scratch);
       for (int64_t head = first; head < last; ++head) {
@@ -44,7 +45,7 @@ void run(const AttentionKernels& kernels, const AttentionPlan& plan, int64_t hea
   }
   float* const laid_out = for_keys_and_values().floats(heads * plan.laid_out);
   const auto each = [&](int64_t parts, const auto& work) {
-    torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, heads * parts, 1, [&](int64_t first, int64_t last) {
       float* const scratch = for_scratch().floats(plan.scratch);
       for (int64_t head = first / parts; head * parts < last; ++head) {
         const int64_t begin = head * parts;
