@@ -24,8 +24,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     """Lay a weight out for many calls of `linear_packed` on this processor.
 
     It takes the weight's memory, on AMX from 64 channels on 3/4 of it, rounded up to 64 of them; C_out is
-    rounded up to 32. Of a bfloat16 weight it takes what a float32 one would without AMX, there from 32 channels
-    on its own memory, rounded up to 32 of them.
+    rounded up to 32. Of a bfloat16 weight it takes what a float32 one would without AMX, there from 32
+    channels on its own memory, rounded up to 32 of them.
 
     Args:
         weight: ``(C_out, C_in)`` float32 or bfloat16 on the CPU. A later change of it does not show.
@@ -50,8 +50,8 @@ def linear_packed(
 ) -> Tensor:
     """``torch.nn.functional.linear(x, weight, bias) + plus``. Not differentiable.
 
-    Errs by 0.2-0.3e-6 relative to float64 in the 2-norm; of bfloat16, summed in float32, by 1.7e-3. An infinity
-    or NaN in x shows in its row; of float32 on AMX the whole row is NaN (see `conv3x3`).
+    Errs by 0.2-0.3e-6 relative to float64 in the 2-norm; of bfloat16, summed in float32, by 1.7e-3. An
+    infinity or NaN in x shows in its row; of float32 on AMX the whole row is NaN (see `conv3x3`).
 
     Args:
         x: ``(..., C_in)`` float32 or bfloat16 on the CPU.
