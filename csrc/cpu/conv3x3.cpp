@@ -80,11 +80,10 @@ void run(
   });
   parallel_for(0, plan.panels * blocks, 1, [&](int64_t first, int64_t last) {
     float* const products = for_products().floats(plan.products);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t panel = task / blocks, block = task % blocks;
+    for (int64_t block = 0; block < blocks; ++block) {  // tasks are by panel, and then by block
       kernels.run(
-          plan, transformed + block * plan.transformed, packed, bias, plus, y, block, panel, panel + 1,
-          products);
+          plan, transformed + block * plan.transformed, packed, bias, plus, y, block,
+          (first - block + blocks - 1) / blocks, (last - block + blocks - 1) / blocks, products);
     }
   });
 }

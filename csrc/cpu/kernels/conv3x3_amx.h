@@ -16,6 +16,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
   static constexpr int kPositions = kRows * kColumns;
   static constexpr int64_t kMost = kTaps == 1 ? 256 : 64;  // tiles of a block
 
+  static constexpr int64_t kTogether = 4;  // panels of one pass over a block's tiles
   static constexpr int64_t kAhead = 8192;  // bytes, of weights that are read in order
 
   // Few channels are left to vectors: most of a tile would be empty, and their float32 errs by less.
@@ -41,6 +42,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     plan.panel_size = kPositions * b_stride(plan) / sizeof(float);
     plan.packed = plan.panels * plan.panel_size;
     plan.transformed = kPositions * a_stride(plan) / sizeof(float);
+    plan.products *= kTogether;
     plan.scratch = kPositions * depth(plan) * kDepth;
     return plan;
   }
@@ -111,49 +113,57 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     }
   }
 
-  // Where a panel's products go.
+  // Where some panels' products go.
   struct Into {
     float* m;
-    int64_t position, row;  // strides
-    const float* offset;
-    const float* plus;
+    int64_t panel, position, row;  // strides
+    const float *bias, *plus;      // null where they are added later
   };
 
+  // Of `panels` of them together: a position's tiles are read from the second cache, or from beyond it, once.
   static inline void multiply(
-      const Conv3x3Plan& plan, const float* transformed, const float* weights, int64_t tiles,
+      const Conv3x3Plan& plan, const float* transformed, const float* weights, int64_t panels, int64_t tiles,
       const Into& into) {
     const int64_t pieces = ceil_div(tiles, 32), rows_stride = depth(plan) * kDigits * kTile;
+    const bool in_order = tiles <= 16 && depth(plan) <= kMostDepth;  // each weight is read once
+    const int64_t panel_bytes = plan.panel_size * sizeof(float);
     const auto* a = reinterpret_cast<const int8_t*>(transformed);
-    const auto* b = reinterpret_cast<const int8_t*>(weights);
+    const auto* b_first = reinterpret_cast<const int8_t*>(weights);
     DigitProducts products_of;
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kColumns; ++j, a += a_stride(plan), b += b_stride(plan)) {
+      for (int j = 0; j < kColumns; ++j, a += a_stride(plan), b_first += b_stride(plan)) {
         const auto slot = Base::slot_of(i, j);
-        const int8_t* ahead = b + (tiles > 16 ? b_stride(plan) : kAhead);
-        for (int64_t k = 0; k < depth(plan); k += kMostDepth) {
-          const int64_t deep = depth(plan) - k < kMostDepth ? depth(plan) - k : kMostDepth;
-          const bool first = !slot.adds && k == 0;
-          for (int64_t row = 0; row < tiles; row += 32) {
-            float* const m = into.m + slot.at * into.position + row * into.row;
-            products_of.multiply({
-                a + row / 16 * rows_stride + k * kDigits * kTile,
-                rows_stride,
-                reinterpret_cast<const float*>(a + a_digits(plan)) + row,
-                b + k * kDigits * kTile,
-                rows_stride,
-                reinterpret_cast<const float*>(b + b_digits(plan)),
-                deep,
-                ahead,
-                2 * kDigits * kTile / pieces,
-                m,
-                into.row,
-                tiles - row < 32 ? tiles - row : 32,
-                first ? into.offset : kNoOffset,
-                !first                 ? m
-                : into.plus == nullptr ? nullptr
-                                       : into.plus + row * into.row,
-            });
-            ahead += 2 * deep * kDigits * kTile / pieces;
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const int8_t* const b = b_first + panel * panel_bytes;
+          const int8_t* ahead = in_order             ? b + kAhead
+                                : panel + 1 < panels ? b + panel_bytes
+                                                     : b_first + b_stride(plan);
+          for (int64_t k = 0; k < depth(plan); k += kMostDepth) {
+            const int64_t deep = depth(plan) - k < kMostDepth ? depth(plan) - k : kMostDepth;
+            const bool first = !slot.adds && k == 0;
+            for (int64_t row = 0; row < tiles; row += 32) {
+              const int64_t to = panel * into.panel + row * into.row;
+              float* const m = into.m + slot.at * into.position + to;
+              products_of.multiply({
+                  a + row / 16 * rows_stride + k * kDigits * kTile,
+                  rows_stride,
+                  reinterpret_cast<const float*>(a + a_digits(plan)) + row,
+                  b + k * kDigits * kTile,
+                  rows_stride,
+                  reinterpret_cast<const float*>(b + b_digits(plan)),
+                  deep,
+                  ahead,
+                  2 * kDigits * kTile / pieces,
+                  m,
+                  into.row,
+                  tiles - row < 32 ? tiles - row : 32,
+                  first && into.bias != nullptr ? into.bias + panel * kPanel : kNoOffset,
+                  !first                 ? m
+                  : into.plus == nullptr ? nullptr
+                                         : into.plus + to,
+              });
+              ahead += 2 * deep * kDigits * kTile / pieces;
+            }
           }
         }
       }
@@ -168,22 +178,29 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
       return Base::run(plan, transformed, packed, bias, plus, y, block, first, last, products);
     }
     const Tiles configured;
-    const int64_t tiles = tiles_in(plan, block);
-    for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t tiles = tiles_in(plan, block), whole = plan.out_channels / kPanel;
+    const int64_t together = tiles > 16 ? kTogether : 1;
+    for (int64_t panel = first, panels; panel < last; panel += panels) {
+      const bool direct = kTaps == 1 && panel < whole;  // the products are the outputs
+      panels = (direct && whole < last ? whole : last) - panel;
+      if (panels > together) panels = together;
       const float* const weights = packed + panel * plan.panel_size;
       const auto* const added = static_cast<const float*>(plus);
       auto* const into = static_cast<float*>(y);
-      const int64_t k = panel * kPanel;
-      if (kTaps == 1 && k + kPanel <= plan.out_channels) {  // the products are the outputs
-        const int64_t to = block * plan.block * plan.out_channels + k;
+      if (direct) {
+        const int64_t k = panel * kPanel, to = block * plan.block * plan.out_channels + k;
         multiply(
-            plan, transformed, weights, tiles,
-            {into + to, 0, plan.out_channels, bias == nullptr ? kNoOffset : bias + k,
+            plan, transformed, weights, panels, tiles,
+            {into + to, kPanel, 0, plan.out_channels, bias == nullptr ? nullptr : bias + k,
              added == nullptr ? nullptr : added + to});
       } else {
+        const int64_t size = plan.products / kTogether;
         multiply(
-            plan, transformed, weights, tiles, {products, products_stride(plan), kPanel, kNoOffset, nullptr});
-        Base::write(plan, products, bias, added, into, block, panel);
+            plan, transformed, weights, panels, tiles,
+            {products, size, products_stride(plan), kPanel, nullptr, nullptr});
+        for (int64_t i = 0; i < panels; ++i) {
+          Base::write(plan, products + i * size, bias, added, into, block, panel + i);
+        }
       }
     }
   }
