@@ -138,13 +138,22 @@ class Conv2d(nn.Conv2d):
     they are faster. Elsewhere it is ``nn.Conv2d``.
     """
 
-    def forward(self, x: Tensor, plus: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        plus: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        norm: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W'), and ``plus``, of the result's shape, added to it.
 
-        ``bias`` (C_out,) stands for the layer's own.
+        ``bias`` (C_out,) stands for the layer's own. ``norm`` and ``skip`` are `ops.conv3x3_packed`'s, for
+        an x that this layer `normalises`.
         """
         bias = self.bias if bias is None else bias
-        packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+        packs = _packs()
         if packs is None or not self._packable(x):
             if self._learns(x):
                 return ops.conv3x3(x, self.weight, bias, plus=plus, algorithm="f4")
@@ -153,13 +162,17 @@ class Conv2d(nn.Conv2d):
         algorithm = self._algorithm(x)
         weight = self._pack(x, packs, algorithm)
         if algorithm is not None:
-            return ops.conv3x3_packed(x, weight, bias, plus=plus)
+            return ops.conv3x3_packed(x, weight, bias, plus=plus, norm=norm, skip=skip)
         window = (self.padding, self.stride, self.dilation, 1)
         convolve = torch.ops.mkldnn._convolution_pointwise
         if plus is not None and plus.is_contiguous(memory_format=torch.channels_last):
             return convolve.binary(x, plus, weight, bias, *window, "add", None, None, [], None)
         result = convolve.default(x, weight, bias, *window, "none", [], "")
         return result if plus is None else plus + result
+
+    def normalises(self, x: Tensor) -> bool:
+        """Whether a norm and its SiLU before this layer are best left to it: our own kernels will run."""
+        return _packs() is not None and self._packable(x) and self._algorithm(x) is not None
 
     def _packable(self, x: Tensor) -> bool:
         return (
@@ -222,17 +235,25 @@ class Linear(nn.Linear):
 
 
 def own_linear(
-    layer: nn.Linear | nn.Conv2d, x: Tensor, bias: Tensor | None, plus: Tensor | None
+    layer: nn.Linear | nn.Conv2d,
+    x: Tensor,
+    bias: Tensor | None,
+    plus: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    norm: Callable[[], Tensor] | None = None,
 ) -> Tensor | None:
     """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, and ``plus`` added.
+
+    ``skip`` is that op's, and ``norm`` makes what it takes for one.
 
     None where that is not for it: outside `packing` or with its ``low_memory``; and where BLAS is as fast,
     which is everywhere but on AMX, and there below 16 rows, whose time is the weight's way from memory.
     """
-    packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+    packs = _packs()
     if packs is None or _LOW_MEMORY.get() or not has_amx():
         return None
-    if x.dtype != torch.float32 or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
+    if x.dtype != torch.float32 or x.numel() < 16 * x.shape[-1] or layer.weight.shape[1] < 64:
         return None
     if not _is_frozen(layer.weight, x) or not runs_native("linear", x):
         return None
@@ -241,7 +262,12 @@ def own_linear(
         return _keep(layer, "linear", lambda: ops.pack_linear(layer.weight.flatten(1)))
 
     packed = _laid_out(layer, packs, "linear", pack)
-    return ops.linear_packed(x, packed, bias, plus=plus)
+    fold = None if norm is None else norm()
+    return ops.linear_packed(x, packed, bias, plus=plus, skip=skip, norm=fold)
+
+
+def _packs() -> Packs | None:
+    return None if torch.compiler.is_compiling() else _PACKS.get()
 
 
 def _is_frozen(weight: Tensor, x: Tensor) -> bool:

@@ -74,6 +74,10 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, **fused)
 
+    def fold(self, x: Tensor, **fused: Tensor | None) -> Tensor:
+        """What a layer reads that normalises x itself: `ops.group_norm_fold`."""
+        return ops.group_norm_fold(x, self.num_groups, self.weight, self.bias, self.eps, **fused)
+
     def of_two(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of [x, skip], and [x, skip], in one pass over both."""
         return ops.group_norm_silu_concat(
@@ -100,13 +104,19 @@ class RowLinear(nn.Linear):
 class Shortcut(nn.Conv2d):
     """1x1 convolution of ``x`` without its bias, added to ``h``: in place outside autograd, in one pass.
 
-    (B, C_in, H, W), (B, C_out, H, W) -> (B, C_out, H, W), in ``h``'s layout.
+    (B, C_in, H, W), (B, C_out, H, W) -> (B, C_out, H, W), in ``h``'s layout. With ``skip`` of [x, skip].
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            rows, of_x, of_skip = (v.permute(0, 2, 3, 1) for v in (h, x, skip))
+            total = own_linear(self, of_x, None, rows, skip=of_skip)
+            if total is not None:
+                return total.permute(0, 3, 1, 2)
+            x = torch.cat([x, skip], 1)
         x, weight = x.to(h.dtype), self.weight.to(h.dtype).flatten(1)  # they differ under autocast only
         if torch.is_grad_enabled():  # a backward hook refuses a change in place
             if not (h.is_cpu and h.is_contiguous(memory_format=torch.channels_last)):
@@ -170,19 +180,30 @@ class ResBlock(nn.Module):
         return self.conv2.bias + self.conv_shortcut.bias if self.widens else None
 
     def forward(self, x: Tensor, time: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
-        h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
-        if self.resize == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resize == "up":
-            h, x = _repeat(h), _repeat(x)
-        h = self.conv1(h)
+        if self.resize is None and self.conv1.normalises(x):
+            h = self.conv1(x, norm=self.norm1.fold(x, skip=skip), skip=skip)
+        else:
+            h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
+            skip = None
+            if self.resize == "down":
+                h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+            elif self.resize == "up":
+                h, x = _repeat(h), _repeat(x)
+            h = self.conv1(h)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h, scale=scale, shift=shift)
+            fused = {"scale": scale, "shift": shift}
         else:
-            h = self.norm2(h, add=time)
-        h = self.dropout(h)
-        h = self.conv_shortcut(x, self.conv2(h, bias=bias)) if self.widens else self.conv2(h, plus=x)
+            fused = {"add": time}
+        norm = None
+        if not (self.dropout.training and isinstance(self.dropout, Dropout)) and self.conv2.normalises(h):
+            norm = self.norm2.fold(h, **fused)
+        else:
+            h = self.dropout(self.norm2(h, **fused))
+        if self.widens:
+            h = self.conv_shortcut(x, self.conv2(h, bias=bias, norm=norm), skip)
+        else:
+            h = self.conv2(h, plus=x, norm=norm)
         return h if self.output_scale == 1 else h / self.output_scale
 
 
@@ -203,13 +224,23 @@ class Attention(nn.Module):
         self.to_out = _zero(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x if self.group_norm is None else self.group_norm(x, act="none")
-        tokens = h.flatten(2).transpose(1, 2).contiguous()  # else the bias would be a pass of its own
-        qkv = self.to_qkv(tokens)  # (B, HW, 3C)
+        qkv = self._projected(x)  # (B, HW, 3C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = _attended(q, k, v)  # (B, heads, HW, C / heads)
         h = self.to_out(h.transpose(1, 2).flatten(2))  # (B, HW, C)
         return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.output_scale)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """The norm, and of its tokens queries, keys and values."""
+        if self.group_norm is not None and x.is_contiguous(memory_format=torch.channels_last):
+            tokens, layer = x.flatten(2).transpose(1, 2), self.to_qkv
+            qkv = own_linear(layer, tokens, layer.bias, norm=lambda: self.group_norm.fold(x))
+            if qkv is not None:
+                return qkv
+        h = x if self.group_norm is None else self.group_norm(x, act="none")
+        return self.to_qkv(
+            h.flatten(2).transpose(1, 2).contiguous()
+        )  # else the bias would be a pass of its own
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -444,6 +475,8 @@ class UNet(nn.Module):
                 h = attention(resnet(h, *next(given), skips.pop()))
             if level.resample is not None:
                 h = resampled(h, level.resample)
+        if self.conv_out.normalises(h):
+            return self.conv_out(h, norm=self.conv_norm_out.fold(h))
         return self.conv_out(self.conv_norm_out(h))
 
     def _times(self, t: Tensor | float, x: Tensor) -> Tensor:

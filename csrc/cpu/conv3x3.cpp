@@ -12,6 +12,7 @@
 namespace ddpm_fast {
 namespace {
 
+using cpu::Conv3x3Input;
 using cpu::Conv3x3Kernels;
 using cpu::Conv3x3Plan;
 using cpu::Conv3x3Shape;
@@ -42,14 +43,14 @@ Workspace& for_scratch() {
 // With blocks for every thread a thread takes whole ones, and nothing waits. With fewer, all tiles are
 // transformed, and then each thread takes panels of output channels: it reads their weights alone.
 void run(
-    const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const float* x, const float* packed,
+    const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const Conv3x3Input& x, const float* packed,
     const float* bias, const float* plus, float* y) {
-  const int64_t blocks = plan.blocks;
+  const int64_t blocks = plan.blocks, scratch_size = plan.scratch + (x.is_plain() ? 0 : plan.pixels);
   if (blocks >= static_cast<int64_t>(torch::stable::get_num_threads())) {
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       float* const transformed = for_tiles().floats(plan.transformed);
       float* const products = for_products().floats(plan.products);
-      float* const scratch = for_scratch().floats(plan.scratch);
+      float* const scratch = for_scratch().floats(scratch_size);
       for (int64_t block = first; block < last; ++block) {
         kernels.transform(plan, x, block, 0, plan.block, transformed, scratch);
         kernels.run(plan, transformed, packed, bias, plus, y, block, 0, plan.panels, products);
@@ -59,7 +60,7 @@ void run(
   }
   float* const transformed = for_tiles().floats(blocks * plan.transformed);
   torch::stable::parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
-    float* const scratch = for_scratch().floats(plan.scratch);
+    float* const scratch = for_scratch().floats(scratch_size);
     for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
       const int64_t begin = block * plan.block;
       kernels.transform(
@@ -114,10 +115,21 @@ void pack(Tensor weight, bool turned, int64_t down, int64_t across, const Tensor
   pack(kernels_of(down, across), taps, in_channels, out_channels, packed);
 }
 
-// Of an x and a plus that are channels last, into such a y.
+// The channels of x and skip together.
+int64_t channels_of(const Tensor& x, const OptionalTensor& skip) {
+  const int64_t last = x.dim() == 4 ? 1 : x.dim() - 1;
+  if (!skip) return x.size(last);
+  bool like = skip->scalar_type() == x.scalar_type() && skip->dim() == x.dim() && skip->numel() > 0;
+  for (int64_t d = 0; like && d < x.dim(); ++d) like = d == last || skip->size(d) == x.size(d);
+  check(like, "skip must be like x but for its channels");
+  return x.size(last) + skip->size(last);
+}
+
+// Of an x, skip and plus that are channels last, into such a y.
 void convolve(
-    const Conv3x3Kernels& kernels, const Conv3x3Shape& shape, const Tensor& x, const Tensor& packed,
-    OptionalTensor bias, const OptionalTensor& plus, const Tensor& y) {
+    const Conv3x3Kernels& kernels, const Conv3x3Shape& shape, const Tensor& x, const OptionalTensor& skip,
+    OptionalTensor norm, bool silu, const Tensor& packed, OptionalTensor bias, const OptionalTensor& plus,
+    const Tensor& y) {
   const Conv3x3Plan plan = kernels.plan(shape, torch::stable::get_num_threads());
   check(
       packed.scalar_type() == ScalarType::Float && packed.is_contiguous() && packed.numel() == plan.packed,
@@ -128,8 +140,18 @@ void convolve(
         "bias must be float32 (C_out,)");
     bias = as_contiguous(*bias);
   }
-  run(kernels, plan, floats(x), floats(packed), bias ? floats(*bias) : nullptr,
-      plus ? floats(*plus) : nullptr, static_cast<float*>(y.mutable_data_ptr()));
+  if (norm) {
+    check(
+        norm->scalar_type() == ScalarType::Float && norm->dim() == 3 && norm->size(0) == shape.batch &&
+            norm->size(1) == 3 && norm->size(2) == shape.in_channels,
+        "norm must be float32 (B, 3, C)");
+    norm = as_contiguous(*norm);
+  }
+  const int64_t split = shape.in_channels - (skip ? skip->numel() / (y.numel() / shape.out_channels) : 0);
+  const Conv3x3Input input = {
+      floats(x), skip ? floats(*skip) : nullptr, split, norm ? floats(*norm) : nullptr, silu};
+  run(kernels, plan, input, floats(packed), bias ? floats(*bias) : nullptr, plus ? floats(*plus) : nullptr,
+      static_cast<float*>(y.mutable_data_ptr()));
 }
 
 int64_t conv3x3_packed_size_cpu(int64_t in_channels, int64_t out_channels, int64_t down, int64_t across) {
@@ -142,13 +164,15 @@ void conv3x3_pack_cpu(Tensor weight, int64_t down, int64_t across, Tensor packed
 
 Tensor conv3x3_packed_cpu(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
-    int64_t across) {
+    int64_t across, OptionalTensor skip, OptionalTensor norm) {
   check(
       x.scalar_type() == ScalarType::Float && x.dim() == 4 && x.numel() > 0,
       "x must be float32 (B, C, H, W) and not empty");
   check(out_channels > 0, "out_channels must be positive");
   const bool channels_last = is_channels_last(x);
+  const int64_t channels = channels_of(x, skip);
   x = to_channels_last(x);
+  if (skip) skip = to_channels_last(*skip);
   Tensor y = torch::stable::empty(
       {x.size(0), out_channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
       std::nullopt, MemoryFormat::ChannelsLast);
@@ -156,8 +180,9 @@ Tensor conv3x3_packed_cpu(
     check_like("plus", *plus, y, "the result");
     plus = to_channels_last(*plus);
   }
-  const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels};
-  convolve(kernels_of(down, across), shape, x, packed, bias, plus, y);
+  const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), channels, out_channels};
+  convolve(
+      kernels_of(down, across), shape, x, skip, norm, /*silu=*/true, packed, bias, plus, y);
   return channels_last ? y : torch::stable::contiguous(y);
 }
 
@@ -174,7 +199,7 @@ Tensor conv3x3_cpu(
     Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor plus, int64_t down, int64_t across) {
   check(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1), "weight must have x's channels");
   const Tensor packed = packed_now(weight, /*turned=*/false, down, across);
-  return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across);
+  return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across, {}, {});
 }
 
 // To its input a convolution's gradient is the convolution with the weight turned.
@@ -183,7 +208,7 @@ Tensor conv3x3_input_gradient_cpu(Tensor grad, Tensor weight, int64_t down, int6
       grad.dim() == 4 && weight.dim() == 4 && weight.size(0) == grad.size(1),
       "weight must have grad's channels");
   const Tensor packed = packed_now(weight, /*turned=*/true, down, across);
-  return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across);
+  return conv3x3_packed_cpu(grad, packed, {}, {}, weight.size(1), down, across, {}, {});
 }
 
 int64_t linear_packed_size_cpu(int64_t in_features, int64_t out_features) {
@@ -200,18 +225,24 @@ void linear_pack_cpu(Tensor weight, Tensor packed) {
 }
 
 Tensor linear_packed_cpu(
-    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features,
+    OptionalTensor skip, OptionalTensor norm) {
   check(
       x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.numel() > 0,
       "x must be float32 (N, C) and not empty");
   check(out_features > 0, "out_features must be positive");
+  const int64_t rows = x.size(0), images = norm ? norm->size(0) : 1;
+  check(images > 0 && rows % images == 0, "norm must be of images of as many rows each");
+  const int64_t features = channels_of(x, skip);
   x = as_contiguous(x);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (skip) skip = as_contiguous(*skip);
+  Tensor y = torch::stable::new_empty(x, {rows, out_features});
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = as_contiguous(*plus);
   }
-  convolve(kernels_of(1, 1, 1), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+  const Conv3x3Shape shape = {images, 1, rows / images, features, out_features};
+  convolve(kernels_of(1, 1, 1), shape, x, skip, norm, /*silu=*/false, packed, bias, plus, y);
   return y;
 }
 

@@ -12,6 +12,7 @@ namespace ddpm_fast {
 
 GroupNormResult group_norm(const GroupNormCall& call) {
   Tensor x = call.x;
+  const bool folds = call.folds;
   OptionalTensor skip = call.skip;
   const int64_t num_groups = call.num_groups;
   const Dtype dtype = dtype_of("x", x);
@@ -22,8 +23,9 @@ GroupNormResult group_norm(const GroupNormCall& call) {
   check(num_groups > 0 && channels % num_groups == 0, "num_groups must divide the channels");
   const int64_t group = channels / num_groups;
 
-  const bool channels_last = is_channels_last(x);
-  x = keep_layout(x);
+  check(!folds || x.dim() == 4, "x must be (B, C, H, W)");
+  const bool channels_last = folds || is_channels_last(x);
+  x = folds ? to_channels_last(x) : keep_layout(x);
   if (skip) {
     check(
         skip->scalar_type() == x.scalar_type() && skip->dim() == x.dim() && skip->size(0) == batch &&
@@ -32,9 +34,11 @@ GroupNormResult group_norm(const GroupNormCall& call) {
     for (int64_t d = 2; d < x.dim(); ++d) {
       check(skip->size(d) == x.size(d), "skip must be like x but for its channels");
     }
-    skip = like_layout(*skip, x);
+    skip = folds ? to_channels_last(*skip) : like_layout(*skip, x);
   }
-  Tensor y = skip ? empty_with_channels(x, channels) : empty_as(x);
+  Tensor y = folds  ? torch::stable::new_empty(x, {batch, 3, channels}, ScalarType::Float)
+             : skip ? empty_with_channels(x, channels)
+                    : empty_as(x);
   OptionalTensor concat;
   if (call.builds) concat = empty_with_channels(x, channels);
   const Channels weights("weight", call.weight, channels), biases("bias", call.bias, channels);
@@ -86,10 +90,17 @@ GroupNormResult group_norm(const GroupNormCall& call) {
       const int64_t b = k / parts, c = k % parts * part, width = std::min(part, channels - c);
       const size_t needed = cpu::group_norm_scratch(width) / 2;
       if (scratch.size() < needed) scratch.resize(needed);
+      auto* const memory = reinterpret_cast<float*>(scratch.data());
+      if (folds) {
+        float* const to = static_cast<float*>(y.mutable_data_ptr()) + 3 * b * channels + c;
+        kernels.group_norm_fold(
+            dtype, sources(b, c, width), to, channels, pixels, width, group, args(b, c), memory);
+        continue;
+      }
       const int64_t element = b * channels * pixels + c;
       kernels.group_norm_nhwc(
           dtype, sources(b, c, width), into(element), copied(element), pixels, channels, width, group,
-          args(b, c), reinterpret_cast<float*>(scratch.data()));
+          args(b, c), memory);
     }
   });
   return {y, concat};
@@ -112,7 +123,16 @@ std::tuple<Tensor, Tensor> group_norm_silu_concat_cpu(
   return {*result.y, concat ? *result.concat : torch::stable::new_empty(*result.y, {0})};
 }
 
+Tensor group_norm_fold_cpu(
+    Tensor x, OptionalTensor skip, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps,
+    OptionalTensor add, OptionalTensor scale, OptionalTensor shift) {
+  GroupNormCall call{x, skip, num_groups, weight, bias, eps, add, scale, shift};
+  call.folds = true;
+  return *group_norm(call).y;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("group_norm_fold", TORCH_BOX(&group_norm_fold_cpu));
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cpu));
   m.impl("group_norm_silu_forward", TORCH_BOX(&group_norm_silu_cpu));
   m.impl("group_norm_silu_concat", TORCH_BOX(&group_norm_silu_concat_cpu));

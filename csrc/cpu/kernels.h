@@ -58,6 +58,18 @@ struct Conv3x3Plan : Conv3x3Shape {
   int64_t transformed;  // of a block's transformed inputs
   int64_t products;     // of a panel's products with them
   int64_t scratch;      // of what `transform` needs besides, and `pack` for each of a panel's channels
+  int64_t pixels;       // of what `transform` needs after that for an input that is prepared
+};
+
+// Channels of x, and after them those of skip, as they are or through a norm.
+struct Conv3x3Input {
+  const float* x;
+  const float* skip = nullptr;  // null: x has all channels
+  int64_t split = 0;            // x's channels, where the input is not plain
+  const float* fold = nullptr;  // of each image: group_norm_fold's numbers; null: no norm
+  bool silu = false;            // after the norm
+
+  bool is_plain() const { return skip == nullptr && fold == nullptr; }
 };
 
 // Where the taps of output channel k and input channel c lie.
@@ -80,7 +92,7 @@ struct Conv3x3Kernels {
       float* scratch);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
-      const Conv3x3Plan&, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      const Conv3x3Plan&, const Conv3x3Input&, int64_t block, int64_t first, int64_t last, float* transformed,
       float* scratch);
   void (*run)(
       const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const float* plus,
@@ -141,6 +153,12 @@ struct Kernels {
   void (*group_norm_nchw)(
       Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&);
+
+  // of the norm alone: each channel's center, gain and offset, in three rows that are `step` apart; channels
+  // last. The result would be (x - center) gain + offset
+  void (*group_norm_fold)(
+      Dtype, const GroupNormSources&, float* to, int64_t step, int64_t pixels, int64_t channels,
+      int64_t channels_per_group, const GroupNormArgs&, float* scratch);
 
   // their gradients, of one source. scratch: group_norm_backward_scratch(channels) floats, 8-byte aligned
   void (*group_norm_backward_nhwc)(

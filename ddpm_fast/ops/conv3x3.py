@@ -118,14 +118,26 @@ def pack_conv3x3(weight: Tensor, algorithm: str = "f2") -> PackedConv3x3:
 
 
 def conv3x3_packed(
-    x: Tensor, packed: PackedConv3x3, bias: Tensor | None = None, *, plus: Tensor | None = None
+    x: Tensor,
+    packed: PackedConv3x3,
+    bias: Tensor | None = None,
+    *,
+    plus: Tensor | None = None,
+    skip: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """`conv3x3` with a weight that `pack_conv3x3` has laid out. Not differentiable.
 
+    Its input may be two tensors side by side, and it may be the SiLU of their norm, neither of which is then
+    written anywhere: ``conv3x3_packed(x, packed, skip=skip, norm=group_norm_fold(x, groups, skip=skip))`` is
+    the convolution of ``group_norm_silu(torch.cat([x, skip], 1), groups)``.
+
     Args:
-        x: ``(B, C_in, H, W)`` float32 on the CPU.
+        x: ``(B, C, H, W)`` float32 on the CPU.
         packed: of a weight ``(C_out, C_in, 3, 3)``.
         bias, plus: as in `conv3x3`.
+        skip: ``(B, C_in - C, H, W)``, like ``x``: the channels after those of x. Without it C is C_in.
+        norm: ``(B, 3, C_in)`` float32, of `group_norm_fold`. What pads the input is zero after the SiLU.
 
     Returns:
         ``(B, C_out, H, W)`` in ``x``'s layout; equal to the bit to `conv3x3` with the same algorithm.
@@ -138,13 +150,20 @@ def conv3x3_packed(
     if not isinstance(packed, PackedConv3x3):
         raise TypeError(f"packed must be what pack_conv3x3 returned, got {type(packed).__name__}")
     _check_x(x)
-    if x.shape[1] != packed.in_channels:
-        raise ValueError(f"x must be (B, {packed.in_channels}, H, W) for such a weight, got {describe(x)}")
+    rest = packed.in_channels - x.shape[1]
+    if rest < 0 or (rest == 0) != (skip is None):
+        raise ValueError(
+            f"x must be (B, {packed.in_channels}, H, W) for such a weight, or have fewer channels and a skip "
+            f"with the others, got {describe(x)}"
+        )
     choose("conv3x3", "native", x)
-    check_packed_call(x, _operands(x, packed.out_channels, bias, plus), "conv3x3")
+    operands = _operands(x, packed.out_channels, bias, plus)
+    operands["skip"] = skip, (x.shape[0], rest, *x.shape[2:])
+    operands["norm"] = norm, (x.shape[0], 3, packed.in_channels)
+    check_packed_call(x, operands, "conv3x3")
     down, across = ALGORITHMS[packed.algorithm]
     run = torch.ops.ddpm_fast.conv3x3_packed.default
-    return run(x, packed.weight, bias, plus, packed.out_channels, down, across)
+    return run(x, packed.weight, bias, plus, packed.out_channels, down, across, skip, norm)
 
 
 def _tile(algorithm: str) -> tuple[int, int]:
@@ -175,7 +194,7 @@ def _fake(x, weight, bias, plus, down, across):
     return _fake_packed(x, weight, bias, plus, weight.shape[0], down, across)
 
 
-def _fake_packed(x, packed, bias, plus, out_channels, down, across):
+def _fake_packed(x, packed, bias, plus, out_channels, down, across, skip=None, norm=None):
     shape = (x.shape[0], out_channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
 
@@ -252,7 +271,7 @@ LIBRARY.define("conv3x3_packed_size(int in_channels, int out_channels, int down,
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "conv3x3_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_channels, "
-    "int down, int across) -> Tensor"
+    "int down, int across, Tensor? skip=None, Tensor? norm=None) -> Tensor"
 )
 torch.library.register_fake("ddpm_fast::conv3x3_pack", lambda weight, down, across, packed: None, lib=LIBRARY)
 torch.library.register_fake("ddpm_fast::conv3x3_packed", _fake_packed, lib=LIBRARY)

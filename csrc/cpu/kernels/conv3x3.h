@@ -9,6 +9,7 @@
 
 #include "../kernels.h"
 #include "conv3x3_gemm.h"
+#include "conv3x3_pixels.h"
 #include "conv3x3_winograd.h"
 
 namespace ddpm_fast::cpu {
@@ -37,6 +38,7 @@ struct Conv3x3 {
   using Down = Winograd<kDown, kTaps>;
   using Across = Winograd<kAcross, kTaps>;
   static constexpr int kRows = Down::kSize, kColumns = Across::kSize;  // of inputs
+  using Prepared = PreparedPixels<kRows, kColumns, kAcross>;
 
   // With at most `most` tiles in a block.
   static Conv3x3Plan cut(const Conv3x3Shape& shape, int64_t threads, int64_t most) {
@@ -48,6 +50,7 @@ struct Conv3x3 {
     plan.block = ceil_div(plan.tiles, plan.blocks);  // all alike
     plan.panels = ceil_div(plan.out_channels, kPanel);
     plan.products = Down::kProducts * Across::kProducts * products_stride(plan);
+    plan.pixels = Prepared::size(plan);
     return plan;
   }
 
@@ -111,8 +114,8 @@ struct Conv3x3 {
   }
 
   // Calls put(position, channel, v) with a tile's transformed inputs, of kLanes channels at once.
-  template <typename Put>
-  static inline void each_input(const Conv3x3Plan& plan, const float* x, int64_t tile, const Put& put) {
+  template <typename Pixels, typename Put>
+  static inline void each_input(const Conv3x3Plan& plan, Pixels& from, int64_t tile, const Put& put) {
     const int64_t channels = plan.in_channels;
     const Tile at = tile_at(plan, tile);
     const float* pixels[kRows][kColumns];  // null where they are padding
@@ -120,8 +123,7 @@ struct Conv3x3 {
       for (int j = 0; j < kColumns; ++j) {
         const int64_t row = at.row + i - kTaps / 2, column = at.column + j - kTaps / 2;
         const bool inside = row >= 0 && row < plan.height && column >= 0 && column < plan.width;
-        const int64_t pixel = (at.image * plan.height + row) * plan.width + column;
-        pixels[i][j] = inside ? x + pixel * channels : nullptr;
+        pixels[i][j] = inside ? from.at(at.image, row, column) : nullptr;
       }
     }
     for (int64_t c = 0; c < channels; c += kLanes) {
@@ -143,15 +145,30 @@ struct Conv3x3 {
     }
   }
 
-  static void transform(
-      const Conv3x3Plan& plan, const float* x, int64_t block, int64_t first, int64_t last, float* transformed,
-      float*) {
-    const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
-    for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
-      each_input(plan, x, block * plan.block + tile, [&](int position, int64_t c, Float v) {
-        store(transformed + position * stride + c * plan.block + tile * kLanes, v);
-      });
+  // run(pixels); `memory` is for those that are prepared.
+  template <typename Run>
+  static inline void with_pixels(
+      const Conv3x3Plan& plan, const Conv3x3Input& from, float* memory, const Run& run) {
+    if (from.is_plain()) {
+      PlainPixels pixels = {plan, from.x};
+      run(pixels);
+    } else {
+      Prepared pixels(plan, from, memory);
+      run(pixels);
     }
+  }
+
+  static void transform(
+      const Conv3x3Plan& plan, const Conv3x3Input& from, int64_t block, int64_t first, int64_t last,
+      float* transformed, float* scratch) {
+    const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
+    with_pixels(plan, from, scratch, [&](auto& pixels) {
+      for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
+        each_input(plan, pixels, block * plan.block + tile, [&](int position, int64_t c, Float v) {
+          store(transformed + position * stride + c * plan.block + tile * kLanes, v);
+        });
+      }
+    });
   }
 
   // ---- products ----

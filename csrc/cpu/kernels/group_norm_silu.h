@@ -429,6 +429,20 @@ void group_norm_nhwc(
   }
 }
 
+template <typename T>
+void group_norm_fold(
+    const GroupNormSources& sources, float* to, int64_t step, int64_t pixels, int64_t channels,
+    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
+  const Slots<T> by_slot = {sources.of[0].channels, channels};
+  const Rows rows(scratch, padded_channels(channels), by_slot.in_order());
+  statistics_nhwc(sources, pixels, channels_per_group, args, by_slot, rows);
+  fold(args, 0, channels, rows.folded);
+  for (const float* from : {rows.folded.center, rows.folded.gain, rows.folded.offset}) {
+    std::memcpy(to, from, channels * sizeof(float));
+    to += step;
+  }
+}
+
 // ---- channels first: a group is one stretch of memory, of each source ----
 
 template <typename T>
