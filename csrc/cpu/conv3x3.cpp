@@ -51,6 +51,7 @@ void run(
       float* const transformed = for_tiles().floats(plan.transformed);
       float* const products = for_products().floats(plan.products);
       float* const scratch = for_scratch().floats(scratch_size);
+      kernels.begin(plan, x, scratch);
       for (int64_t block = first; block < last; ++block) {
         kernels.transform(plan, x, block, 0, plan.block, transformed, scratch);
         kernels.run(plan, transformed, packed, bias, plus, y, block, 0, plan.panels, products);
@@ -61,6 +62,7 @@ void run(
   float* const transformed = for_tiles().floats(blocks * plan.transformed);
   torch::stable::parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
     float* const scratch = for_scratch().floats(scratch_size);
+    kernels.begin(plan, x, scratch);
     for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
       const int64_t begin = block * plan.block;
       kernels.transform(
@@ -143,8 +145,8 @@ void convolve(
   if (norm) {
     check(
         norm->scalar_type() == ScalarType::Float && norm->dim() == 3 && norm->size(0) == shape.batch &&
-            norm->size(1) == 3 && norm->size(2) == shape.in_channels,
-        "norm must be float32 (B, 3, C)");
+            norm->size(1) == cpu::kFoldRows && norm->size(2) == shape.in_channels,
+        "norm must be float32 (B, 4, C)");
     norm = as_contiguous(*norm);
   }
   const int64_t split = shape.in_channels - (skip ? skip->numel() / (y.numel() / shape.out_channels) : 0);

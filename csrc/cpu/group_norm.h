@@ -22,7 +22,7 @@ struct GroupNormCall {
 };
 
 struct GroupNormResult {
-  OptionalTensor y, concat;  // like x but for their channels; or y is the numbers, float32 (B, 3, C)
+  OptionalTensor y, concat;  // like x but for their channels; or y is the numbers, float32 (B, 4, C)
 };
 
 GroupNormResult group_norm(const GroupNormCall& call);

@@ -36,7 +36,7 @@ GroupNormResult group_norm(const GroupNormCall& call) {
     }
     skip = folds ? to_channels_last(*skip) : like_layout(*skip, x);
   }
-  Tensor y = folds  ? torch::stable::new_empty(x, {batch, 3, channels}, ScalarType::Float)
+  Tensor y = folds  ? torch::stable::new_empty(x, {batch, cpu::kFoldRows, channels}, ScalarType::Float)
              : skip ? empty_with_channels(x, channels)
                     : empty_as(x);
   OptionalTensor concat;
@@ -92,7 +92,7 @@ GroupNormResult group_norm(const GroupNormCall& call) {
       if (scratch.size() < needed) scratch.resize(needed);
       auto* const memory = reinterpret_cast<float*>(scratch.data());
       if (folds) {
-        float* const to = static_cast<float*>(y.mutable_data_ptr()) + 3 * b * channels + c;
+        float* const to = static_cast<float*>(y.mutable_data_ptr()) + cpu::kFoldRows * b * channels + c;
         kernels.group_norm_fold(
             dtype, sources(b, c, width), to, channels, pixels, width, group, args(b, c), memory);
         continue;

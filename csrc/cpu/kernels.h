@@ -61,12 +61,16 @@ struct Conv3x3Plan : Conv3x3Shape {
   int64_t pixels;       // of what `transform` needs after that for an input that is prepared
 };
 
+// A norm as numbers of each channel, in rows: center, gain and offset of (x - center) gain + offset, and a
+// bound of |x - center|.
+constexpr int64_t kFoldRows = 4;
+
 // Channels of x, and after them those of skip, as they are or through a norm.
 struct Conv3x3Input {
   const float* x;
   const float* skip = nullptr;  // null: x has all channels
   int64_t split = 0;            // x's channels, where the input is not plain
-  const float* fold = nullptr;  // of each image: group_norm_fold's numbers; null: no norm
+  const float* fold = nullptr;  // of each image; null: no norm
   bool silu = false;            // after the norm
 
   bool is_plain() const { return skip == nullptr && fold == nullptr; }
@@ -90,6 +94,8 @@ struct Conv3x3Kernels {
   void (*pack)(
       const Conv3x3Plan&, const Conv3x3Weight<const float>&, int64_t first, int64_t last, float* packed,
       float* scratch);
+  // before a thread's first `transform`: nothing is prepared yet
+  void (*begin)(const Conv3x3Plan&, const Conv3x3Input&, float* scratch);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
       const Conv3x3Plan&, const Conv3x3Input&, int64_t block, int64_t first, int64_t last, float* transformed,
@@ -154,8 +160,7 @@ struct Kernels {
       Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&);
 
-  // of the norm alone: each channel's center, gain and offset, in three rows that are `step` apart; channels
-  // last. The result would be (x - center) gain + offset
+  // kFoldRows rows of numbers that are `step` apart, instead of y; channels last
   void (*group_norm_fold)(
       Dtype, const GroupNormSources&, float* to, int64_t step, int64_t pixels, int64_t channels,
       int64_t channels_per_group, const GroupNormArgs&, float* scratch);

@@ -137,7 +137,7 @@ def conv3x3_packed(
         packed: of a weight ``(C_out, C_in, 3, 3)``.
         bias, plus: as in `conv3x3`.
         skip: ``(B, C_in - C, H, W)``, like ``x``: the channels after those of x. Without it C is C_in.
-        norm: ``(B, 3, C_in)`` float32, of `group_norm_fold`. What pads the input is zero after the SiLU.
+        norm: ``(B, 4, C_in)`` float32, of `group_norm_fold`. What pads the input is zero after the SiLU.
 
     Returns:
         ``(B, C_out, H, W)`` in ``x``'s layout; equal to the bit to `conv3x3` with the same algorithm.
@@ -159,7 +159,7 @@ def conv3x3_packed(
     choose("conv3x3", "native", x)
     operands = _operands(x, packed.out_channels, bias, plus)
     operands["skip"] = skip, (x.shape[0], rest, *x.shape[2:])
-    operands["norm"] = norm, (x.shape[0], 3, packed.in_channels)
+    operands["norm"] = norm, (x.shape[0], 4, packed.in_channels)
     check_packed_call(x, operands, "conv3x3")
     down, across = ALGORITHMS[packed.algorithm]
     run = torch.ops.ddpm_fast.conv3x3_packed.default

@@ -1,4 +1,4 @@
-"""GroupNorm as three numbers a channel, for a convolution that normalises what it reads."""
+"""GroupNorm as four numbers a channel, for a convolution that normalises what it reads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def group_norm_fold(
 ) -> Tensor:
     """What `group_norm_silu` computes before it writes: one read of x. Not differentiable.
 
-    Of ``center, gain, offset = fold[..., None, None].unbind(1)``::
+    Of ``center, gain, offset, reach = fold[..., None, None].unbind(1)``::
 
         group_norm_silu(x, ..., act="none") == (x - center) * gain + offset
 
-    A center is a channel's mean less ``add``, as a float; what that float lacks of it is in the offset.
+    A center is a channel's mean less ``add``, as a float; what that float lacks of it is in the offset, and
+    no ``|x - center|`` is above its reach.
 
     Args:
         x: ``(B, C1, H, W)`` float32, bfloat16 or float16 on the CPU; channels_last is read in place.
@@ -38,7 +39,7 @@ def group_norm_fold(
         skip: ``(B, C2, H, W)``, like ``x``: the norm is of ``torch.cat([x, skip], 1)``, which is not built.
 
     Returns:
-        ``(B, 3, C)`` float32, for `conv3x3_packed` and `linear_packed`.
+        ``(B, 4, C)`` float32, for `conv3x3_packed` and `linear_packed`.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.
@@ -63,7 +64,7 @@ def group_norm_fold(
 
 def _fake(x, skip, num_groups, weight, bias, eps, add, scale, shift):
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    return x.new_empty((x.shape[0], 3, channels), dtype=torch.float32)
+    return x.new_empty((x.shape[0], 4, channels), dtype=torch.float32)
 
 
 LIBRARY.define(

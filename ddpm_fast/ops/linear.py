@@ -65,7 +65,7 @@ def linear_packed(
         bias: ``(C_out,)``, like ``x``.
         plus: ``(..., C_out)``, like ``x``.
         skip: ``(..., C_in - C)``, like ``x``: the features after those of x. Without it C is C_in.
-        norm: ``(B, 3, C_in)``, of `group_norm_fold`; x's first dimension is then B.
+        norm: ``(B, 4, C_in)``, of `group_norm_fold`; x's first dimension is then B.
 
     Returns:
         ``(..., C_out)``, contiguous. A row is the same to the bit among any others.
@@ -89,7 +89,7 @@ def linear_packed(
         "bias": (bias, shape[-1:]),
         "plus": (plus, shape),
         "skip": (skip, (*x.shape[:-1], rest)),
-        "norm": (norm, (x.shape[0], 3, packed.in_features)),
+        "norm": (norm, (x.shape[0], 4, packed.in_features)),
     }
     check_packed_call(x, operands, "torch.nn.functional.linear")
     x, skip, plus = (None if v is None else v.reshape(-1, v.shape[-1]) for v in (x, skip, plus))

@@ -158,11 +158,15 @@ struct Conv3x3 {
     }
   }
 
+  static void begin(const Conv3x3Plan& plan, const Conv3x3Input& from, float* scratch) {
+    if (!from.is_plain()) Prepared(plan, from, scratch + plan.scratch).clear();
+  }
+
   static void transform(
       const Conv3x3Plan& plan, const Conv3x3Input& from, int64_t block, int64_t first, int64_t last,
       float* transformed, float* scratch) {
     const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
-    with_pixels(plan, from, scratch, [&](auto& pixels) {
+    with_pixels(plan, from, scratch + plan.scratch, [&](auto& pixels) {
       for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
         each_input(plan, pixels, block * plan.block + tile, [&](int position, int64_t c, Float v) {
           store(transformed + position * stride + c * plan.block + tile * kLanes, v);
@@ -266,7 +270,7 @@ struct Conv3x3 {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, begin, transform, run};
 };
 
 }  // namespace

@@ -171,7 +171,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps> {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, plan, pack, Base::begin, transform, run};
 };
 
 }  // namespace

@@ -19,19 +19,26 @@ struct PlainPixels {
 };
 
 // A ring of rows of pixels, as many as a tile of kRows x kColumns inputs has, and as wide as a block of tiles
-// can be, each kAcross further than the one before.
+// can be, each kAcross further than the one before. It is in a thread's memory, which says what it holds: it
+// serves one block after another, from `clear` on.
 template <int kRows, int kColumns, int kAcross>
 class PreparedPixels {
  public:
   PreparedPixels(const Conv3x3Plan& plan, const Conv3x3Input& from, float* memory)
       : plan_(plan), from_(from), width_(width(plan)), pixels_(memory) {
-    held_ = reinterpret_cast<int64_t*>(memory + kRows * width_ * stride(plan));
-    for (int64_t slot = 0; slot < kRows * width_; ++slot) held_[slot] = -1;
+    numbers_ = memory + kRows * width_ * stride(plan);
+    held_ = reinterpret_cast<Held*>(numbers_ + kNumbers * stride(plan));
   }
 
   // Of the memory, in floats.
   static int64_t size(const Conv3x3Plan& plan) {
-    return kRows * width(plan) * (stride(plan) + sizeof(int64_t) / sizeof(float));
+    const int64_t places = kRows * width(plan);
+    return (places + kNumbers) * stride(plan) + (sizeof(Held) + places * sizeof(int64_t)) / sizeof(float);
+  }
+
+  void clear() {
+    held_->image = -1;
+    for (int64_t slot = 0; slot < kRows * width_; ++slot) held_->pixels[slot] = -1;
   }
 
   const float* at(int64_t image, int64_t row, int64_t column) {
@@ -39,14 +46,23 @@ class PreparedPixels {
     const int64_t slot = row % kRows * width_ + across;
     const int64_t pixel = (image * plan_.height + row) * plan_.width + column;
     float* const to = pixels_ + slot * stride(plan_);
-    if (held_[slot] != pixel) {
-      held_[slot] = pixel;
-      prepare(image, pixel, to);
+    if (held_->pixels[slot] != pixel) {
+      held_->pixels[slot] = pixel;
+      if (from_.fold != nullptr && held_->image != image) take_numbers(image);
+      prepare(pixel, to);
     }
     return to;
   }
 
  private:
+  static constexpr int64_t kNumbers = 3;  // of a channel
+
+  struct Held {
+    int64_t image;     // whose numbers are there
+    int64_t act;       // that they are for
+    int64_t pixels[];  // in each place
+  };
+
   static int64_t stride(const Conv3x3Plan& plan) { return (plan.in_channels + 15) / 16 * 16; }
 
   static int64_t width(const Conv3x3Plan& plan) {
@@ -55,35 +71,44 @@ class PreparedPixels {
     return most < plan.width ? most : plan.width;
   }
 
-  void prepare(int64_t image, int64_t pixel, float* to) const {
-    const int64_t channels = plan_.in_channels, rest = channels - from_.split;
-    const float* const fold = from_.fold == nullptr ? nullptr : from_.fold + 3 * image * channels;
-    prepare(from_.x + pixel * from_.split, from_.split, fold, to);
-    if (rest > 0) {
-      prepare(from_.skip + pixel * rest, rest, fold == nullptr ? nullptr : fold + from_.split, to + from_.split);
+  void take_numbers(int64_t image) {
+    const int64_t channels = plan_.in_channels;
+    const float* const fold = from_.fold + image * kFoldRows * channels;
+    float* rows[kNumbers];
+    for (int64_t k = 0; k < kNumbers; ++k) {
+      rows[k] = numbers_ + k * stride(plan_);
+      std::memcpy(rows[k], fold + k * channels, channels * sizeof(float));
     }
+    held_->image = image;
+    held_->act = static_cast<int64_t>(
+        choose_act(from_.silu, channels, fold + kNumbers * channels, {rows[0], rows[1], rows[2]}));
   }
 
-  void prepare(const float* x, int64_t channels, const float* fold, float* to) const {
-    if (fold == nullptr) {
+  void prepare(int64_t pixel, float* to) const {
+    const int64_t split = from_.split, rest = plan_.in_channels - split;
+    prepare(from_.x + pixel * split, split, numbers_, to);
+    if (rest > 0) prepare(from_.skip + pixel * rest, rest, numbers_ + split, to + split);
+  }
+
+  void prepare(const float* x, int64_t channels, const float* numbers, float* to) const {
+    if (from_.fold == nullptr) {
       std::memcpy(to, x, channels * sizeof(float));
-    } else if (from_.silu) {
-      normalise<Act::kSilu>(x, channels, fold, to);
-    } else {
-      normalise<Act::kNone>(x, channels, fold, to);
+      return;
     }
+    for_act(static_cast<Act>(held_->act), [&](auto act) { normalise<act>(x, channels, numbers, to); });
   }
 
   template <Act kAct>
-  void normalise(const float* x, int64_t channels, const float* fold, float* to) const {
+  void normalise(const float* x, int64_t channels, const float* numbers, float* to) const {
     const auto some = [&](int64_t c, auto registers, const auto& get, const auto& put) {
-      Float v[registers];
-      for (int k = 0; k < registers; ++k) v[k] = get(x + c + k * kLanes);
+      constexpr int kRegisters = registers;
+      Float v[kRegisters];
+      for (int k = 0; k < kRegisters; ++k) v[k] = get(x + c + k * kLanes);
       const auto number = [&](int64_t row) {
-        return [&get, from = fold + row * plan_.in_channels + c](int k) { return get(from + k * kLanes); };
+        return [&get, from = numbers + row * stride(plan_) + c](int k) { return get(from + k * kLanes); };
       };
       apply<kAct, float>(v, number(0), number(1), number(2));
-      for (int k = 0; k < registers; ++k) put(to + c + k * kLanes, v[k]);
+      for (int k = 0; k < kRegisters; ++k) put(to + c + k * kLanes, v[k]);
     };
     const auto get = [](const float* from) { return load(from); };
     const auto put = [](float* into, Float value) { store(into, value); };
@@ -100,8 +125,8 @@ class PreparedPixels {
   const Conv3x3Plan& plan_;
   const Conv3x3Input& from_;
   int64_t width_;
-  float* pixels_;
-  int64_t* held_;  // the pixel that is in each place
+  float *pixels_, *numbers_;
+  Held* held_;
 };
 
 }  // namespace

@@ -437,7 +437,7 @@ void group_norm_fold(
   const Rows rows(scratch, padded_channels(channels), by_slot.in_order());
   statistics_nhwc(sources, pixels, channels_per_group, args, by_slot, rows);
   fold(args, 0, channels, rows.folded);
-  for (const float* from : {rows.folded.center, rows.folded.gain, rows.folded.offset}) {
+  for (const float* from : {rows.folded.center, rows.folded.gain, rows.folded.offset, rows.peaks}) {
     std::memcpy(to, from, channels * sizeof(float));
     to += step;
   }
