@@ -394,11 +394,15 @@ void statistics_nhwc(
     squares[g] = sum_of_group(squares + g * channels_per_group, channels_per_group);
   }
   statistics(groups, pixels * channels_per_group, args.eps, pilots, sums, squares);
+  for (int64_t g = 0; g < groups; ++g) {  // before `fill` writes past a group
+    const float* const first = peaks + g * channels_per_group;
+    const float peak = *std::max_element(first, first + channels_per_group);
+    pilots[g] = __builtin_sqrtf(peak) + __builtin_fabsf(static_cast<float>(sums[g]) - pilots[g]);
+  }
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * channels_per_group;
     const float center = static_cast<float>(sums[g]);
-    const float peak = *std::max_element(peaks + first, peaks + first + channels_per_group);
-    fill(peaks + first, channels_per_group, __builtin_sqrtf(peak) + __builtin_fabsf(center - pilots[g]));
+    fill(peaks + first, channels_per_group, pilots[g]);
     fill(folded.center + first, channels_per_group, center);
     fill(folded.offset + first, channels_per_group, static_cast<float>(sums[g] - center));
     fill(folded.gain + first, channels_per_group, static_cast<float>(squares[g]));
