@@ -373,7 +373,8 @@ def test_every_instruction_set_passes(isa):
     if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"{isa} is an instruction set of x86-64")
     names = "against_float64 or large_mean or packed_is or any_batch or fingerprint or a_row or not_finite"
-    files = __file__, str(Path(__file__).with_name("test_linear.py"))
+    names += " or of_a_norm or a_spike or a_fold_is"
+    files = __file__, *(str(ROOT / "tests" / f"test_{of}.py") for of in ("linear", "norm_in_convolution"))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *files, "-q", "-k", names],
         cwd=ROOT,
@@ -433,6 +434,20 @@ double direct(
   return sum;
 }
 
+// What a norm and its SiLU make of pixels; the first `split` channels go to one array, the others to another.
+void normalise(
+    const Conv3x3Shape& s, const float* x, const float* fold, int64_t split, float* y, float* first,
+    float* second) {
+  const int64_t rest = s.in_channels - split, pixels = s.height * s.width;
+  for (int64_t at = 0; at < s.batch * pixels * s.in_channels; ++at) {
+    const int64_t c = at % s.in_channels, pixel = at / s.in_channels;
+    const float* const numbers = fold + pixel / pixels * kFoldRows * s.in_channels + c;
+    const double u = (double(x[at]) - numbers[0]) * numbers[s.in_channels] + numbers[2 * s.in_channels];
+    y[at] = static_cast<float>(u / (1 + std::exp(-u)));
+    (c < split ? first[pixel * split + c] : second[pixel * rest + c - split]) = x[at];
+  }
+}
+
 template <int kDown, int kAcross>
 void check(const Conv3x3Shape& s, bool given) {
   constexpr Conv3x3Kernels kernels = CONV3X3<kDown, kAcross>::kKernels;
@@ -442,10 +457,26 @@ void check(const Conv3x3Shape& s, bool given) {
   const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats scratch = floats(32 * plan.scratch, 9);
+  const int64_t split = given ? s.in_channels : (s.in_channels + 1) / 2, rest = s.in_channels - split;
+  const int64_t numbers = kFoldRows * s.in_channels;
+  const Floats normal = floats(pixels * s.in_channels, 10), fold = floats(s.batch * numbers, 11);
+  const Floats first = floats(pixels * split, 12), second = floats(pixels * rest, 13);
+  const Floats prepared = floats(plan.scratch + plan.pixels, 14);
+  Conv3x3Input input = {x.get()};
+  const float* seen = x.get();
+  if (s.batch * s.height % 2 != 0) {
+    for (int64_t at = 0; at < s.batch * numbers; ++at) {  // the last row is a bound of |x - center|
+      if (at % numbers >= 3 * s.in_channels) fold[at] = s.in_channels % 2 ? 1e9f : 2;
+    }
+    normalise(s, x.get(), fold.get(), split, normal.get(), first.get(), second.get());
+    input = {first.get(), rest > 0 ? second.get() : nullptr, split, fold.get(), true};
+    seen = normal.get();
+  }
   const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
   kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get(), scratch.get());
+  kernels.begin(plan, input, prepared.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    kernels.transform(plan, x.get(), block, 0, plan.block, transformed.get(), scratch.get());
+    kernels.transform(plan, input, block, 0, plan.block, transformed.get(), prepared.get());
     kernels.run(
         plan, transformed.get(), packed.get(), given ? bias.get() : nullptr,
         given ? plus.get() : nullptr, y.get(), block, 0, plan.panels, products.get());
@@ -453,7 +484,7 @@ void check(const Conv3x3Shape& s, bool given) {
   for (int64_t at = 0; at < pixels * s.out_channels; ++at) {
     const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % s.width;
     const int64_t r = pixel / s.width % s.height, b = pixel / s.width / s.height;
-    const double exact = direct(s, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
+    const double exact = direct(s, seen, w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
     if (!(std::abs(y[at] - exact) < 1e-5 * (9 * s.in_channels + 2))) {
       std::printf(
           "%d x %d, %ld %ld %ld %ld %ld: %g, not %g\\n", kDown, kAcross, (long)s.batch, (long)s.height,

@@ -183,8 +183,7 @@ Tensor conv3x3_packed_cpu(
     plus = to_channels_last(*plus);
   }
   const Conv3x3Shape shape = {x.size(0), x.size(2), x.size(3), channels, out_channels};
-  convolve(
-      kernels_of(down, across), shape, x, skip, norm, /*silu=*/true, packed, bias, plus, y);
+  convolve(kernels_of(down, across), shape, x, skip, norm, /*silu=*/true, packed, bias, plus, y);
   return channels_last ? y : torch::stable::contiguous(y);
 }
 

@@ -111,8 +111,7 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps> {
         int8_t* digits = to + row / 16 * depth(plan) * kDigits * kTile + row % 16 * 64;
         const float* from = scratch + (position + k) * channels;
         for (int64_t c = 0; c < channels; c += kDepth, digits += kDigits * kTile) {
-          const Float v[4] = {
-              load(from + c), load(from + c + 16), load(from + c + 32), load(from + c + 48)};
+          const Float v[4] = {load(from + c), load(from + c + 16), load(from + c + 32), load(from + c + 48)};
           store_digits(v, broadcast(scale.to[k]), digits, kTile);
         }
       }
