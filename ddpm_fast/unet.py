@@ -112,11 +112,7 @@ class Shortcut(nn.Conv2d):
 
     def forward(self, x: Tensor, h: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
-            rows, of_x, of_skip = (v.permute(0, 2, 3, 1) for v in (h, x, skip))
-            total = own_linear(self, of_x, None, rows, skip=of_skip)
-            if total is not None:
-                return total.permute(0, 3, 1, 2)
-            x = torch.cat([x, skip], 1)
+            return self._of_two(x, skip, h)
         x, weight = x.to(h.dtype), self.weight.to(h.dtype).flatten(1)  # they differ under autocast only
         if torch.is_grad_enabled():  # a backward hook refuses a change in place
             if not (h.is_cpu and h.is_contiguous(memory_format=torch.channels_last)):
@@ -132,6 +128,17 @@ class Shortcut(nn.Conv2d):
         if total is not None:
             return total.permute(0, 3, 1, 2)
         h_pixels.flatten(0, 2).addmm_(x.flatten(0, 2), weight.t())
+        return h
+
+    def _of_two(self, x: Tensor, skip: Tensor, h: Tensor) -> Tensor:
+        """Outside autograd, of channels_last tensors of one dtype."""
+        x, skip, h_pixels = (v.permute(0, 2, 3, 1) for v in (x, skip, h))
+        total = own_linear(self, x, None, plus=h_pixels, skip=skip)
+        if total is not None:
+            return total.permute(0, 3, 1, 2)
+        rows, weights = h_pixels.flatten(0, 2), self.weight.flatten(1).split((x.shape[3], skip.shape[3]), 1)
+        for part, weight in zip((x, skip), weights, strict=True):
+            rows.addmm_(part.flatten(0, 2), weight.t())
         return h
 
 
@@ -180,7 +187,8 @@ class ResBlock(nn.Module):
         return self.conv2.bias + self.conv_shortcut.bias if self.widens else None
 
     def forward(self, x: Tensor, time: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
-        if self.resize is None and self.conv1.normalises(x):
+        joins = skip is None or (type(self.conv_shortcut) is Shortcut and _unwatched(self.conv_shortcut))
+        if self.resize is None and joins and _leaves_norm(self.norm1, self.conv1, x):
             h = self.conv1(x, norm=self.norm1.fold(x, skip=skip), skip=skip)
         else:
             h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
@@ -196,7 +204,8 @@ class ResBlock(nn.Module):
         else:
             fused = {"add": time}
         norm = None
-        if not (self.dropout.training and isinstance(self.dropout, Dropout)) and self.conv2.normalises(h):
+        drops = self.dropout.training and isinstance(self.dropout, Dropout)
+        if not drops and _unwatched(self.dropout) and _leaves_norm(self.norm2, self.conv2, h):
             norm = self.norm2.fold(h, **fused)
         else:
             h = self.dropout(self.norm2(h, **fused))
@@ -232,9 +241,11 @@ class Attention(nn.Module):
 
     def _projected(self, x: Tensor) -> Tensor:
         """The norm, and of its tokens queries, keys and values."""
-        if self.group_norm is not None and x.is_contiguous(memory_format=torch.channels_last):
-            tokens, layer = x.flatten(2).transpose(1, 2), self.to_qkv
-            qkv = own_linear(layer, tokens, layer.bias, norm=lambda: self.group_norm.fold(x))
+        norm, layer = self.group_norm, self.to_qkv
+        plain = type(norm) is GroupNorm and type(layer) is Linear and _unwatched(norm, layer)
+        if plain and x.is_contiguous(memory_format=torch.channels_last):
+            tokens = x.flatten(2).transpose(1, 2)
+            qkv = own_linear(layer, tokens, layer.bias, norm=lambda: norm.fold(x))
             if qkv is not None:
                 return qkv
         h = x if self.group_norm is None else self.group_norm(x, act="none")
@@ -475,7 +486,7 @@ class UNet(nn.Module):
                 h = attention(resnet(h, *next(given), skips.pop()))
             if level.resample is not None:
                 h = resampled(h, level.resample)
-        if self.conv_out.normalises(h):
+        if _leaves_norm(self.conv_norm_out, self.conv_out, h):
             return self.conv_out(h, norm=self.conv_norm_out.fold(h))
         return self.conv_out(self.conv_norm_out(h))
 
@@ -520,6 +531,16 @@ class UNet(nn.Module):
             )
         if class_labels is not None and class_labels.shape != shape:
             raise ValueError(f"class_labels must have shape {tuple(shape)}, got {tuple(class_labels.shape)}")
+
+
+def _leaves_norm(norm: nn.Module, layer: nn.Module, x: Tensor) -> bool:
+    """Whether a convolution works out the norm and SiLU before it; nobody replaced or looks at either."""
+    plain = type(norm) is GroupNorm and type(layer) is Conv2d and _unwatched(norm, layer)
+    return plain and layer.normalises(x)
+
+
+def _unwatched(*modules: nn.Module) -> bool:
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _repeat(x: Tensor) -> Tensor:
