@@ -242,8 +242,7 @@ class Attention(nn.Module):
     def _projected(self, x: Tensor) -> Tensor:
         """The norm, and of its tokens queries, keys and values."""
         norm, layer = self.group_norm, self.to_qkv
-        plain = type(norm) is GroupNorm and type(layer) is Linear and _unwatched(norm, layer)
-        if plain and x.is_contiguous(memory_format=torch.channels_last):
+        if type(norm) is GroupNorm and type(layer) is Linear and _unwatched(norm, layer):
             tokens = x.flatten(2).transpose(1, 2)
             qkv = own_linear(layer, tokens, layer.bias, norm=lambda: norm.fold(x))
             if qkv is not None:
