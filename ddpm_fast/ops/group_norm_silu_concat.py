@@ -103,8 +103,8 @@ def check_skip(x: Tensor, skip: Tensor) -> None:
     """Refuse what cannot stand beside x."""
     check_floating("skip", skip, 2)
     alike = skip.dtype == x.dtype and skip.device == x.device
-    without_channels = ((*v.shape[:1], *v.shape[2:]) for v in (x, skip))
-    if not alike or skip.shape[1] == 0 or len(set(without_channels)) != 1:
+    (batch, _, *pixels), (batch_skip, from_skip, *pixels_skip) = x.shape, skip.shape
+    if not alike or batch_skip != batch or pixels_skip != pixels or from_skip == 0:
         raise ValueError(
             f"skip must be like x, {describe(x)}, but for its channels, at least one; got {describe(skip)}"
         )
