@@ -236,14 +236,17 @@ class Conv2d(nn.Conv2d):
         bias: Tensor | None = None,
         *,
         first: str | None = None,
+        norm: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W'), and ``plus``, of the result's shape, added to it.
 
         ``bias`` (C_out,) stands for the layer's own. ``first`` is done to x before: "repeat", every pixel
-        four times, or "pad", zeros below and on the right. Our own kernels make no such tensor.
+        four times, or "pad", zeros below and on the right. Our own kernels make no such tensor. ``norm`` and
+        ``skip`` are `ops.conv3x3_packed`'s, for an x that this layer `normalises`.
         """
         bias = self.bias if bias is None else bias
-        packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+        packs = _packs()
         packable = packs is not None and self._packable(x)
         kernel = self._kernel(x, first) if packable else None
         if kernel is None and first is not None:
@@ -251,7 +254,8 @@ class Conv2d(nn.Conv2d):
             kernel = self._kernel(x, None) if packable and self._packable(x) else None
         if kernel is not None:
             weight = self._pack_own(packs, kernel)
-            return ops.conv3x3_packed(x, weight, bias, plus=plus, padding=kernel.padding)
+            padding = kernel.padding
+            return ops.conv3x3_packed(x, weight, bias, plus=plus, padding=padding, norm=norm, skip=skip)
         if not packable:
             if self._learns(x):
                 return ops.conv3x3(x, self.weight, bias, plus=plus, algorithm="f4")
@@ -264,6 +268,10 @@ class Conv2d(nn.Conv2d):
             return convolve.binary(x, plus, weight, bias, *window, "add", None, None, [], None)
         result = convolve.default(x, weight, bias, *window, "none", [], "")
         return result if plus is None else plus + result
+
+    def normalises(self, x: Tensor) -> bool:
+        """Whether a norm and its SiLU before this layer are best left to it: our own kernels will run."""
+        return _packs() is not None and self._packable(x) and self._kernel(x, None) is not None
 
     def _packable(self, x: Tensor) -> bool:
         return (
@@ -370,17 +378,27 @@ class Linear(nn.Linear):
 
 
 def own_linear(
-    layer: nn.Linear | nn.Conv2d, x: Tensor, bias: Tensor | None, plus: Tensor | None
+    layer: nn.Linear | nn.Conv2d,
+    x: Tensor,
+    bias: Tensor | None,
+    plus: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    norm: Callable[[], Tensor] | None = None,
 ) -> Tensor | None:
     """A linear layer, or a 1x1 convolution, of rows (..., C_in) by `ops.linear_packed`, and ``plus`` added.
+
+    ``skip`` is that op's, and ``norm`` makes what it takes for one.
 
     None where that is not for it: outside `packing` or with its ``low_memory``; and where BLAS is as fast,
     which is everywhere but on AMX, and there below 16 rows, whose time is the weight's way from memory.
     """
-    packs = _PACKS.get() if not torch.compiler.is_compiling() else None
+    packs = _packs()
     if packs is None or _LOW_MEMORY.get() or not has_amx():
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() < 16 * x.shape[-1] or x.shape[-1] < 64:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() < 16 * x.shape[-1]:
+        return None
+    if layer.weight.shape[1] < 64:
         return None
     if not _is_frozen(layer.weight, x) or not runs_native("linear", x):
         return None
@@ -389,7 +407,12 @@ def own_linear(
         return _keep(layer, "linear", lambda: ops.pack_linear(layer.weight.flatten(1)))
 
     packed = _laid_out(layer, packs, "linear", pack)
-    return ops.linear_packed(x, packed, bias, plus=plus)
+    fold = None if norm is None else norm()
+    return ops.linear_packed(x, packed, bias, plus=plus, skip=skip, norm=fold)
+
+
+def _packs() -> Packs | None:
+    return None if torch.compiler.is_compiling() else _PACKS.get()
 
 
 def _is_frozen(weight: Tensor, x: Tensor) -> bool:

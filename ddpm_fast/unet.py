@@ -74,6 +74,10 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, **fused)
 
+    def fold(self, x: Tensor, **fused: Tensor | None) -> Tensor:
+        """What a layer reads that normalises x itself: `ops.group_norm_fold`."""
+        return ops.group_norm_fold(x, self.num_groups, self.weight, self.bias, self.eps, **fused)
+
     def of_two(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of [x, skip], and [x, skip], in one pass over both."""
         return ops.group_norm_silu_concat(
@@ -100,13 +104,15 @@ class RowLinear(nn.Linear):
 class Shortcut(nn.Conv2d):
     """1x1 convolution of ``x`` without its bias, added to ``h``: in place outside autograd, in one pass.
 
-    (B, C_in, H, W), (B, C_out, H, W) -> (B, C_out, H, W), in ``h``'s layout.
+    (B, C_in, H, W), (B, C_out, H, W) -> (B, C_out, H, W), in ``h``'s layout. With ``skip`` of [x, skip].
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            return self._of_two(x, skip, h)
         x, weight = x.to(h.dtype), self.weight.to(h.dtype).flatten(1)  # they differ under autocast only
         if torch.is_grad_enabled():  # a backward hook refuses a change in place
             if not (h.is_cpu and h.is_contiguous(memory_format=torch.channels_last)):
@@ -122,6 +128,17 @@ class Shortcut(nn.Conv2d):
         if total is not None:
             return total.permute(0, 3, 1, 2)
         h_pixels.flatten(0, 2).addmm_(x.flatten(0, 2), weight.t())
+        return h
+
+    def _of_two(self, x: Tensor, skip: Tensor, h: Tensor) -> Tensor:
+        """Outside autograd, of channels_last tensors of one dtype."""
+        x, skip, h_pixels = (v.permute(0, 2, 3, 1) for v in (x, skip, h))
+        total = own_linear(self, x, None, plus=h_pixels, skip=skip)
+        if total is not None:
+            return total.permute(0, 3, 1, 2)
+        rows, weights = h_pixels.flatten(0, 2), self.weight.flatten(1).split((x.shape[3], skip.shape[3]), 1)
+        for part, weight in zip((x, skip), weights, strict=True):
+            rows.addmm_(part.flatten(0, 2), weight.t())
         return h
 
 
@@ -170,20 +187,33 @@ class ResBlock(nn.Module):
         return self.conv2.bias + self.conv_shortcut.bias if self.widens else None
 
     def forward(self, x: Tensor, time: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
-        h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
-        first = "repeat" if self.resize == "up" else None
-        if self.resize == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resize == "up":
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        h = self.conv1(h, first=first)
+        joins = skip is None or (type(self.conv_shortcut) is Shortcut and _unwatched(self.conv_shortcut))
+        if self.resize is None and joins and _leaves_norm(self.norm1, self.conv1, x):
+            h = self.conv1(x, norm=self.norm1.fold(x, skip=skip), skip=skip)
+        else:
+            h, x = (self.norm1(x), x) if skip is None else self.norm1.of_two(x, skip)
+            skip = None
+            first = "repeat" if self.resize == "up" else None
+            if self.resize == "down":
+                h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+            elif self.resize == "up":
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            h = self.conv1(h, first=first)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h, scale=scale, shift=shift)
+            fused = {"scale": scale, "shift": shift}
         else:
-            h = self.norm2(h, add=time)
-        h = self.dropout(h)
-        h = self.conv_shortcut(x, self.conv2(h, bias=bias)) if self.widens else self.conv2(h, plus=x)
+            fused = {"add": time}
+        norm = None
+        drops = self.dropout.training and isinstance(self.dropout, Dropout)
+        if not drops and _unwatched(self.dropout) and _leaves_norm(self.norm2, self.conv2, h):
+            norm = self.norm2.fold(h, **fused)
+        else:
+            h = self.dropout(self.norm2(h, **fused))
+        if self.widens:
+            h = self.conv_shortcut(x, self.conv2(h, bias=bias, norm=norm), skip)
+        else:
+            h = self.conv2(h, plus=x, norm=norm)
         return h if self.output_scale == 1 else h / self.output_scale
 
 
@@ -204,14 +234,23 @@ class Attention(nn.Module):
         self.to_out = _zero(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x if self.group_norm is None else self.group_norm(x, act="none")
-        tokens = h.flatten(2).transpose(1, 2).contiguous()  # else the bias would be a pass of its own
-        h = _attended(self.to_qkv(tokens), self.heads)  # (B, HW, 3C) -> (B, HW, C)
+        h = _attended(self._projected(x), self.heads)  # (B, HW, 3C) -> (B, HW, C)
         if self.output_scale == 1 and x.is_contiguous(memory_format=torch.channels_last):
             pixels = x.permute(0, 2, 3, 1)
             return self.to_out(h.view(pixels.shape), plus=pixels).permute(0, 3, 1, 2)
         h = self.to_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
         return _residual(x, h, self.output_scale)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """The norm, and of its tokens queries, keys and values."""
+        norm, layer = self.group_norm, self.to_qkv
+        if type(norm) is GroupNorm and type(layer) is Linear and _unwatched(norm, layer):
+            tokens = x.flatten(2).transpose(1, 2)
+            qkv = own_linear(layer, tokens, layer.bias, norm=lambda: norm.fold(x))
+            if qkv is not None:
+                return qkv
+        h = x if self.group_norm is None else self.group_norm(x, act="none")
+        return self.to_qkv(h.flatten(2).transpose(1, 2).contiguous())  # else the bias would be a pass
 
 
 def _attended(qkv: Tensor, heads: int) -> Tensor:
@@ -456,6 +495,8 @@ class UNet(nn.Module):
                 h = attention(resnet(h, *next(given), skips.pop()))
             if level.resample is not None:
                 h = resampled(h, level.resample)
+        if _leaves_norm(self.conv_norm_out, self.conv_out, h):
+            return self.conv_out(h, norm=self.conv_norm_out.fold(h))
         return self.conv_out(self.conv_norm_out(h))
 
     def _times(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -499,6 +540,16 @@ class UNet(nn.Module):
             )
         if class_labels is not None and class_labels.shape != shape:
             raise ValueError(f"class_labels must have shape {tuple(shape)}, got {tuple(class_labels.shape)}")
+
+
+def _leaves_norm(norm: nn.Module, layer: nn.Module, x: Tensor) -> bool:
+    """Whether a convolution works out the norm and SiLU before it; nobody replaced or looks at either."""
+    plain = type(norm) is GroupNorm and type(layer) is Conv2d and _unwatched(norm, layer)
+    return plain and layer.normalises(x)
+
+
+def _unwatched(*modules: nn.Module) -> bool:
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _residual(x: Tensor, h: Tensor, output_scale: float) -> Tensor:

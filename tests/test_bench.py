@@ -263,7 +263,7 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.ops["fused norm" if name.startswith("group_norm_silu") else name] += 1
+        self.ops["fused norm" if name.startswith("group_norm_") else name] += 1
         if "conv" in name and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
             x = args[0]
             self.inputs.add((x.is_contiguous(memory_format=torch.channels_last), x.dtype))

@@ -530,7 +530,8 @@ def test_every_instruction_set_passes(isa):
     if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"{isa} is an instruction set of x86-64")
     names = "against_float64 or large_mean or packed_is or any_batch or fingerprint or a_row or not_finite"
-    files = __file__, str(Path(__file__).with_name("test_linear.py"))
+    names += " or of_a_norm or a_spike or a_fold_is"
+    files = __file__, *(str(ROOT / "tests" / f"test_{of}.py") for of in ("linear", "norm_in_convolution"))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *files, "-q", "-k", names],
         cwd=ROOT,
@@ -606,34 +607,66 @@ double direct(
   return sum;
 }
 
+// What a norm and its SiLU make of pixels; the first `split` channels go to one array, the others to another.
+template <typename T>
+void normalise(
+    const Conv3x3Shape& s, const float* x, const float* fold, int64_t split, float* y, T* first, T* second) {
+  const int64_t rest = s.in_channels - split, pixels = s.height * s.width;
+  for (int64_t at = 0; at < s.batch * pixels * s.in_channels; ++at) {
+    const int64_t c = at % s.in_channels, pixel = at / s.in_channels;
+    const float* const numbers = fold + pixel / pixels * kFoldRows * s.in_channels + c;
+    const double u = (double(x[at]) - numbers[0]) * numbers[s.in_channels] + numbers[2 * s.in_channels];
+    y[at] = static_cast<float>(u / (1 + std::exp(-u)));
+    store(c < split ? &first[pixel * split + c] : &second[pixel * rest + c - split], load(&x[at], 1), 1);
+  }
+}
+
 template <typename T>
 void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
   const int64_t height = plan.out_height, width = plan.out_width, pixels = s.batch * height * width;
-  const Floats x = floats(s.batch * s.height * s.width * s.in_channels, 1);
-  const Floats w = floats(9 * s.in_channels * s.out_channels, 2);
+  const int64_t inputs = s.batch * s.height * s.width;
+  const Floats x = floats(inputs * s.in_channels, 1), w = floats(9 * s.in_channels * s.out_channels, 2);
   const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats scratch = floats(32 * plan.scratch, 9);
   const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
-  const auto x_given = rounded<T>(x, s.batch * s.height * s.width * s.in_channels);
+  const auto x_given = rounded<T>(x, inputs * s.in_channels);
   const auto plus_given = rounded<T>(plus, pixels * s.out_channels);
   const auto y_given = rounded<T>(y, pixels * s.out_channels);
   rounded<T>(w, 9 * s.in_channels * s.out_channels);
+  const int64_t split = given ? s.in_channels : (s.in_channels + 1) / 2, rest = s.in_channels - split;
+  const int64_t numbers = kFoldRows * s.in_channels;
+  const Floats normal = floats(inputs * s.in_channels, 10), fold = floats(s.batch * numbers, 11);
+  const std::unique_ptr<T[]> first(new T[inputs * split]), second(new T[inputs * rest]);
+  const Floats prepared = floats(plan.scratch + plan.pixels, 14);
+  const bool normed = s.batch * s.height % 2 != 0;
+  Conv3x3Input input = {x_given.get()};
+  if (normed) {
+    for (int64_t at = 0; at < s.batch * numbers; ++at) {  // the last row is a bound of |x - center|
+      if (at % numbers >= 3 * s.in_channels) fold[at] = s.in_channels % 2 ? 1e9f : 2;
+    }
+    normalise(s, x.get(), fold.get(), split, normal.get(), first.get(), second.get());
+    input = {first.get(), rest > 0 ? second.get() : nullptr, split, fold.get(), true};
+    kernels.begin(plan, input, prepared.get());
+  }
   kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get(), scratch.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    kernels.transform(plan, x_given.get(), block, 0, plan.block, transformed.get(), scratch.get());
+    kernels.transform(plan, input, block, 0, plan.block, transformed.get(), prepared.get());
     kernels.run(
         plan, transformed.get(), packed.get(), given ? bias.get() : nullptr,
         given ? plus_given.get() : nullptr, y_given.get(), block, 0, plan.panels, products.get());
   }
+  const float* const seen = normed ? normal.get() : x.get();
+  const double terms = 9 * s.in_channels + 2, of_halves = normed ? 0.02 * std::sqrt(terms) : 0;
   for (int64_t at = 0; at < pixels * s.out_channels; ++at) {
     const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % width;
     const int64_t r = pixel / width % height, b = pixel / width / height;
     const double exact =
-        direct(s, kernels.resize, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
-    const double got = load(&y_given[at], 1)[0], rounding = sizeof(T) == 2 ? std::abs(exact) / 256 : 0;
-    if (!(std::abs(got - exact) < 1e-5 * (9 * s.in_channels + 2) + rounding)) {
+        direct(s, kernels.resize, seen, w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
+    const double got = load(&y_given[at], 1)[0];
+    const double rounding = sizeof(T) == 2 ? std::abs(exact) / 256 + of_halves : 0;
+    if (!(std::abs(got - exact) < 1e-5 * terms + rounding)) {
       std::printf(
           "%ld x %ld, %ld %ld %ld %ld %ld: %g, not %g\\n", (long)kernels.down, (long)kernels.across,
           (long)s.batch, (long)s.height, (long)s.width, (long)s.in_channels, (long)s.out_channels, got,

@@ -151,7 +151,7 @@ def test_a_team_cuts_as_torch_does(threads, generator):
     try:
         y, z = torch.empty_like(x), torch.empty(1, 48, 64, 40).contiguous(memory_format=torch.channels_last)
         norm = (x, 4, None, None, 1e-5, None, None, None, True)
-        conv = (packed.weight, None, None, 48, 2, 2, 0, 0)
+        conv = (packed.weight, None, None, 48, 2, 2, 0, 0, None, None)
         calls = ("group_norm_silu_forward", (*norm, y)), ("conv3x3_packed", (y, *conv, z))
         program = direct("program")(tuple((f"ddpm_fast::{name}", given) for name, given in calls * 3), 0)
         expected = torch.ops.ddpm_fast.group_norm_silu_forward(*norm)

@@ -15,6 +15,7 @@
 namespace ddpm_fast {
 namespace {
 
+using cpu::Conv3x3Input;
 using cpu::Conv3x3Kernels;
 using cpu::Conv3x3Plan;
 using cpu::Conv3x3Shape;
@@ -53,14 +54,15 @@ Workspace& for_scratch() {
 // With blocks for every thread a thread takes whole ones, and nothing waits. With fewer, all tiles are
 // transformed, and then each thread takes panels of output channels: it reads their weights alone.
 void run(
-    const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const void* x, const float* packed,
+    const Conv3x3Kernels& kernels, const Conv3x3Plan& plan, const Conv3x3Input& x, const float* packed,
     const float* bias, const void* plus, void* y) {
-  const int64_t blocks = plan.blocks;
+  const int64_t blocks = plan.blocks, scratch_size = plan.scratch + (x.is_plain() ? 0 : plan.pixels);
   if (blocks >= static_cast<int64_t>(torch::stable::get_num_threads())) {
     parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       float* const transformed = for_tiles().floats(plan.transformed);
       float* const products = for_products().floats(plan.products);
-      float* const scratch = for_scratch().floats(plan.scratch);
+      float* const scratch = for_scratch().floats(scratch_size);
+      if (!x.is_plain()) kernels.begin(plan, x, scratch);
       for (int64_t block = first; block < last; ++block) {
         kernels.transform(plan, x, block, 0, plan.block, transformed, scratch);
         kernels.run(plan, transformed, packed, bias, plus, y, block, 0, plan.panels, products);
@@ -70,7 +72,8 @@ void run(
   }
   float* const transformed = for_tiles().floats(blocks * plan.transformed);
   parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
-    float* const scratch = for_scratch().floats(plan.scratch);
+    float* const scratch = for_scratch().floats(scratch_size);
+    if (!x.is_plain()) kernels.begin(plan, x, scratch);
     for (int64_t block = first / plan.block; block * plan.block < last; ++block) {
       const int64_t begin = block * plan.block;
       kernels.transform(
@@ -142,15 +145,43 @@ void pack(const Conv3x3Kernels& kernels, Tensor weight, bool turned, const Tenso
   pack(kernels, dtype, taps, in_channels, out_channels, packed);
 }
 
-// Of an x and a plus that are channels last, into such a y.
+// The channels of x and skip together.
+int64_t channels_of(const Tensor& x, const OptionalTensor& skip) {
+  const int64_t last = x.dim() == 4 ? 1 : x.dim() - 1;
+  if (!skip) return x.size(last);
+  bool like = skip->scalar_type() == x.scalar_type() && skip->dim() == x.dim() && skip->numel() > 0;
+  for (int64_t d = 0; like && d < x.dim(); ++d) like = d == last || skip->size(d) == x.size(d);
+  check(like, "skip must be like x but for its channels");
+  return x.size(last) + skip->size(last);
+}
+
+// What the arithmetic reads and adds beside x and its weight.
+struct Operands {
+  OptionalTensor bias, plus, skip, norm;
+};
+
+// Of an x, skip and plus that are channels last, into such a y.
 void convolve(
     const Conv3x3Kernels& kernels, const Conv3x3Shape& shape, const Tensor& x, const Tensor& packed,
-    const OptionalTensor& bias, const OptionalTensor& plus, const Tensor& y) {
+    const Operands& given, bool silu, const Tensor& y) {
   const Conv3x3Plan plan = kernels.plan(shape, torch::stable::get_num_threads());
   check(holds(packed, x.scalar_type(), plan), "packed must be what was made of a weight for such an x");
-  const Channels biases("bias", bias, shape.out_channels);
-  run(kernels, plan, x.const_data_ptr(), static_cast<const float*>(packed.const_data_ptr()), biases.at(0),
-      plus ? plus->const_data_ptr() : nullptr, y.mutable_data_ptr());
+  const Channels biases("bias", given.bias, shape.out_channels);
+  OptionalTensor norm = given.norm;
+  if (norm) {
+    check(
+        norm->scalar_type() == ScalarType::Float && norm->dim() == 3 && norm->size(0) == shape.batch &&
+            norm->size(1) == cpu::kFoldRows && norm->size(2) == shape.in_channels,
+        "norm must be float32 (B, 4, C)");
+    norm = as_contiguous(*norm);
+  }
+  const auto data = [](const OptionalTensor& of) { return of ? of->const_data_ptr() : nullptr; };
+  const int64_t pixels = shape.batch * shape.height * shape.width;
+  const int64_t split = shape.in_channels - (given.skip ? given.skip->numel() / pixels : 0);
+  const Conv3x3Input input = {
+      x.const_data_ptr(), data(given.skip), split, static_cast<const float*>(data(norm)), silu};
+  run(kernels, plan, input, static_cast<const float*>(packed.const_data_ptr()), biases.at(0),
+      data(given.plus), y.mutable_data_ptr());
 }
 
 int64_t conv3x3_packed_size_cpu(
@@ -170,11 +201,12 @@ struct Convolved {
   int64_t height, width;
 
   Convolved(
-      const Tensor& x, int64_t out_channels, int64_t down, int64_t across, int64_t resize, int64_t shift)
+      const Tensor& x, const OptionalTensor& skip, int64_t out_channels, int64_t down, int64_t across,
+      int64_t resize, int64_t shift)
       : kernels(kernels_of(x.scalar_type(), down, across, resize)) {
     check(x.dim() == 4 && x.numel() > 0, "x must be (B, C, H, W) and not empty");
     check(out_channels > 0, "out_channels must be positive");
-    shape = {x.size(0), x.size(2), x.size(3), x.size(1), out_channels, shift};
+    shape = {x.size(0), x.size(2), x.size(3), channels_of(x, skip), out_channels, shift};
     height = shape.resized(kernels.resize, x.size(2));
     width = shape.resized(kernels.resize, x.size(3));
     check(
@@ -188,28 +220,30 @@ struct Convolved {
         std::nullopt, layout);
   }
 };
+
 void conv3x3_packed_into(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
-    int64_t across, int64_t resize, int64_t shift, Tensor y) {
-  const Convolved convolved(x, out_channels, down, across, resize, shift);
+    int64_t across, int64_t resize, int64_t shift, OptionalTensor skip, OptionalTensor norm, Tensor y) {
+  const Convolved convolved(x, skip, out_channels, down, across, resize, shift);
   x = to_channels_last(x);
+  if (skip) skip = to_channels_last(*skip);
   const bool in_place = lies_channels_last(y);
   const Tensor result = in_place ? y : convolved.empty(x, MemoryFormat::ChannelsLast);
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = to_channels_last(*plus);
   }
-  convolve(convolved.kernels, convolved.shape, x, packed, bias, plus, result);
+  convolve(convolved.kernels, convolved.shape, x, packed, {bias, plus, skip, norm}, /*silu=*/true, result);
   if (!in_place) torch::stable::copy_(y, result);
 }
 
 Tensor conv3x3_packed_cpu(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
-    int64_t across, int64_t resize, int64_t shift) {
-  const Convolved convolved(x, out_channels, down, across, resize, shift);
+    int64_t across, int64_t resize, int64_t shift, OptionalTensor skip, OptionalTensor norm) {
+  const Convolved convolved(x, skip, out_channels, down, across, resize, shift);
   const Tensor y =
       convolved.empty(x, is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  conv3x3_packed_into(x, packed, bias, plus, out_channels, down, across, resize, shift, y);
+  conv3x3_packed_into(x, packed, bias, plus, out_channels, down, across, resize, shift, skip, norm, y);
   return y;
 }
 
@@ -229,7 +263,7 @@ Tensor conv3x3_cpu(
     Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor plus, int64_t down, int64_t across) {
   check(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1), "weight must have x's channels");
   const Tensor packed = packed_now(weight, /*turned=*/false, down, across);
-  return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across, 0, 0);
+  return conv3x3_packed_cpu(x, packed, bias, plus, weight.size(0), down, across, 0, 0, {}, {});
 }
 
 // To its input a convolution's gradient is the convolution with the weight turned.
@@ -238,7 +272,7 @@ Tensor conv3x3_input_gradient_cpu(Tensor grad, Tensor weight, int64_t down, int6
       grad.dim() == 4 && weight.dim() == 4 && weight.size(0) == grad.size(1),
       "weight must have grad's channels");
   const Tensor packed = packed_now(weight, /*turned=*/true, down, across);
-  return conv3x3_packed_cpu(grad, packed, std::nullopt, std::nullopt, weight.size(1), down, across, 0, 0);
+  return conv3x3_packed_cpu(grad, packed, {}, {}, weight.size(1), down, across, 0, 0, {}, {});
 }
 
 int64_t linear_packed_size_cpu(int64_t in_features, int64_t out_features, ScalarType dtype) {
@@ -260,21 +294,27 @@ void check_rows(const Tensor& x, int64_t out_features) {
 }
 
 void linear_packed_into(
-    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features, Tensor y) {
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features,
+    OptionalTensor skip, OptionalTensor norm, Tensor y) {
   check_rows(x, out_features);
+  const int64_t rows = x.size(0), images = norm ? norm->size(0) : 1, features = channels_of(x, skip);
+  check(images > 0 && rows % images == 0, "norm must be of images of as many rows each");
   x = as_contiguous(x);
+  if (skip) skip = as_contiguous(*skip);
   if (plus) {
     check_like("plus", *plus, y, "the result");
     plus = as_contiguous(*plus);
   }
-  convolve(for_rows(x.scalar_type()), {1, 1, x.size(0), x.size(1), out_features}, x, packed, bias, plus, y);
+  const Conv3x3Shape shape = {images, 1, rows / images, features, out_features};
+  convolve(for_rows(x.scalar_type()), shape, x, packed, {bias, plus, skip, norm}, /*silu=*/false, y);
 }
 
 Tensor linear_packed_cpu(
-    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features) {
+    Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_features,
+    OptionalTensor skip, OptionalTensor norm) {
   check_rows(x, out_features);
   const Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
-  linear_packed_into(x, packed, bias, plus, out_features, y);
+  linear_packed_into(x, packed, bias, plus, out_features, skip, norm, y);
   return y;
 }
 

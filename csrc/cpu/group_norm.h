@@ -18,10 +18,11 @@ struct GroupNormCall {
   double eps;
   OptionalTensor add, scale, shift;
   bool silu = false, builds = false;  // builds: [x, skip] itself is wanted too
+  bool folds = false;                 // only each channel's numbers are wanted; x is channels last then
 };
 
 struct GroupNormResult {
-  OptionalTensor y, concat;  // like x but for their channels
+  OptionalTensor y, concat;  // like x but for their channels; or y is the numbers, float32 (B, 4, C)
 };
 
 GroupNormResult group_norm(const GroupNormCall& call);

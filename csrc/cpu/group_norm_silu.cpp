@@ -17,6 +17,7 @@ namespace {
 // Of an x that is known to be one.
 void group_norm_into(const GroupNormCall& call, const Tensor& y, const OptionalTensor& concat) {
   Tensor x = call.x;
+  const bool folds = call.folds;
   OptionalTensor skip = call.skip;
   const int64_t num_groups = call.num_groups;
   const Dtype dtype = dtype_of("x", x);
@@ -25,8 +26,9 @@ void group_norm_into(const GroupNormCall& call, const Tensor& y, const OptionalT
   check(num_groups > 0 && channels % num_groups == 0, "num_groups must divide the channels");
   const int64_t group = channels / num_groups;
 
-  const bool channels_last = is_channels_last(x);
-  x = keep_layout(x);
+  check(!folds || x.dim() == 4, "x must be (B, C, H, W)");
+  const bool channels_last = folds || is_channels_last(x);
+  x = folds ? to_channels_last(x) : keep_layout(x);
   if (skip) {
     check(
         skip->scalar_type() == x.scalar_type() && skip->dim() == x.dim() && skip->size(0) == batch &&
@@ -35,7 +37,7 @@ void group_norm_into(const GroupNormCall& call, const Tensor& y, const OptionalT
     for (int64_t d = 2; d < x.dim(); ++d) {
       check(skip->size(d) == x.size(d), "skip must be like x but for its channels");
     }
-    skip = like_layout(*skip, x);
+    skip = folds ? to_channels_last(*skip) : like_layout(*skip, x);
   }
   const Channels weights("weight", call.weight, channels), biases("bias", call.bias, channels);
   const Channels adds("add", call.add, batch * channels), scales("scale", call.scale, batch * channels);
@@ -86,10 +88,17 @@ void group_norm_into(const GroupNormCall& call, const Tensor& y, const OptionalT
       const int64_t b = k / parts, c = k % parts * part, width = std::min(part, channels - c);
       const size_t needed = cpu::group_norm_scratch(width) / 2;
       if (scratch.size() < needed) scratch.resize(needed);
+      auto* const memory = reinterpret_cast<float*>(scratch.data());
+      if (folds) {
+        float* const to = static_cast<float*>(y.mutable_data_ptr()) + cpu::kFoldRows * b * channels + c;
+        kernels.group_norm_fold(
+            dtype, sources(b, c, width), to, channels, pixels, width, group, args(b, c), memory);
+        continue;
+      }
       const int64_t element = b * channels * pixels + c;
       kernels.group_norm_nhwc(
           dtype, sources(b, c, width), into(element), copied(element), pixels, channels, width, group,
-          args(b, c), reinterpret_cast<float*>(scratch.data()));
+          args(b, c), memory);
     }
   });
 }
@@ -138,10 +147,30 @@ void group_norm_silu_concat_into(
   group_norm_into({x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, builds}, y, built);
 }
 
+void group_norm_fold_into(
+    Tensor x, OptionalTensor skip, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps,
+    OptionalTensor add, OptionalTensor scale, OptionalTensor shift, Tensor folded) {
+  GroupNormCall call{x, skip, num_groups, weight, bias, eps, add, scale, shift};
+  call.folds = true;
+  group_norm_into(call, folded, {});
+}
+
+Tensor group_norm_fold_cpu(
+    Tensor x, OptionalTensor skip, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, double eps,
+    OptionalTensor add, OptionalTensor scale, OptionalTensor shift) {
+  check(x.dim() == 4 && x.numel() > 0, "x must be (B, C, H, W) and not empty");
+  const int64_t channels = x.size(1) + (skip ? skip->size(1) : 0);
+  const Tensor folded = torch::stable::new_empty(x, {x.size(0), cpu::kFoldRows, channels}, ScalarType::Float);
+  group_norm_fold_into(x, skip, num_groups, weight, bias, eps, add, scale, shift, folded);
+  return folded;
+}
+
 const bool in_programs = runs_in_programs<group_norm_silu_into>("group_norm_silu_forward") &&
-                         runs_in_programs<group_norm_silu_concat_into>("group_norm_silu_concat_forward");
+                         runs_in_programs<group_norm_silu_concat_into>("group_norm_silu_concat_forward") &&
+                         runs_in_programs<group_norm_fold_into>("group_norm_fold");
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("group_norm_fold", TORCH_BOX(&group_norm_fold_cpu));
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cpu));
   m.impl("group_norm_silu_forward", TORCH_BOX(&group_norm_silu_cpu));
   m.impl("group_norm_silu_concat", TORCH_BOX(&group_norm_silu_concat_cpu));

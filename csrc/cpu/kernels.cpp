@@ -54,6 +54,18 @@ void group_norm_nchw_any(
   if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
 }
 
+void group_norm_fold_any(
+    Dtype dtype, const GroupNormSources& sources, float* to, int64_t step, int64_t pixels, int64_t channels,
+    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
+  const auto run = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    group_norm_fold<T>(sources, to, step, pixels, channels, channels_per_group, args, scratch);
+  };
+  if (dtype == Dtype::kFloat) run(static_cast<float*>(nullptr));
+  if (dtype == Dtype::kBFloat16) run(static_cast<BFloat16*>(nullptr));
+  if (dtype == Dtype::kHalf) run(static_cast<Half*>(nullptr));
+}
+
 void group_norm_backward_nhwc_any(
     Dtype dtype, const void* grad, const void* x, void* grad_x, int64_t pixels, int64_t stride,
     int64_t channels, int64_t channels_per_group, const GroupNormArgs& args,
@@ -117,6 +129,7 @@ const Kernels DDPM_FAST_ISA = {
     posterior_step<double>,
     group_norm_nhwc_any,
     group_norm_nchw_any,
+    group_norm_fold_any,
     group_norm_backward_nhwc_any,
     group_norm_backward_nchw_any,
     {Conv3x3ByIsa<1, 1>::kKernels, Conv3x3ByIsa<2, 2>::kKernels, Conv3x3ByIsa<4, 2>::kKernels,

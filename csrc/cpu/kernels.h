@@ -68,6 +68,22 @@ struct Conv3x3Plan : Conv3x3Shape {
   int64_t transformed;  // of a block's transformed inputs
   int64_t products;     // of a panel's products with them
   int64_t scratch;      // of what `transform` needs besides, and `pack` for each of a panel's channels
+  int64_t pixels;       // of what `transform` needs after that for an input that is prepared
+};
+
+// A norm as numbers of each channel, in rows: center, gain and offset of (x - center) gain + offset, and a
+// bound of |x - center|.
+constexpr int64_t kFoldRows = 4;
+
+// Channels of x, and after them those of skip, as they are or through a norm.
+struct Conv3x3Input {
+  const void* x;
+  const void* skip = nullptr;   // null: x has all channels
+  int64_t split = 0;            // x's channels, where the input is not plain
+  const float* fold = nullptr;  // of each image; null: no norm
+  bool silu = false;            // after the norm
+
+  bool is_plain() const { return skip == nullptr && fold == nullptr; }
 };
 
 // Where the taps of output channel k and input channel c lie.
@@ -90,9 +106,11 @@ struct Conv3x3Kernels {
   void (*pack)(
       const Conv3x3Plan&, const Conv3x3Weight<const float>&, int64_t first, int64_t last, float* packed,
       float* scratch);
+  // before a thread's first `transform`: nothing is prepared yet
+  void (*begin)(const Conv3x3Plan&, const Conv3x3Input&, float* scratch);
   // tiles [first, last) of a block, or as many of them as there are; then panels [first, last) of its outputs
   void (*transform)(
-      const Conv3x3Plan&, const void* x, int64_t block, int64_t first, int64_t last, float* transformed,
+      const Conv3x3Plan&, const Conv3x3Input&, int64_t block, int64_t first, int64_t last, float* transformed,
       float* scratch);
   void (*run)(
       const Conv3x3Plan&, const float* transformed, const float* packed, const float* bias, const void* plus,
@@ -180,6 +198,11 @@ struct Kernels {
   void (*group_norm_nchw)(
       Dtype, const GroupNormSources&, void* y, void* concat, int64_t pixels, int64_t channels_per_group,
       int64_t groups, const GroupNormArgs&);
+
+  // kFoldRows rows of numbers that are `step` apart, instead of y; channels last
+  void (*group_norm_fold)(
+      Dtype, const GroupNormSources&, float* to, int64_t step, int64_t pixels, int64_t channels,
+      int64_t channels_per_group, const GroupNormArgs&, float* scratch);
 
   // their gradients, of one source. scratch: group_norm_backward_scratch(channels) floats, 8-byte aligned
   void (*group_norm_backward_nhwc)(

@@ -6,6 +6,7 @@ from .conv3x3 import PackedConv3x3, conv3x3, conv3x3_packed, pack_conv3x3
 from .counter_normal import counter_normal, philox4x32_10
 from .dropout import dropout
 from .fingerprint import fingerprint
+from .group_norm_fold import group_norm_fold
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu_concat import group_norm_silu_concat
 from .linear import PackedLinear, linear_packed, pack_linear
@@ -24,6 +25,7 @@ __all__ = [
     "counter_normal",
     "dropout",
     "fingerprint",
+    "group_norm_fold",
     "group_norm_silu",
     "group_norm_silu_concat",
     "linear_packed",

@@ -24,14 +24,18 @@ def on_a_huge_page(floats: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_operands(x: Tensor, operands: Operands) -> None:
-    """Raises TypeError, ValueError for an operand that is not like x, or has not the shape named."""
+    """Raises TypeError, ValueError for an operand that is not like x, or has not the shape named.
+
+    A ``norm`` is float32 whatever x is.
+    """
     for name, (value, shape) in operands.items():
         if value is None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-        if value.shape != shape or value.dtype != x.dtype or value.device != x.device:
-            raise ValueError(f"{name} must be {shape} {x.dtype} on {x.device}, got {describe(value)}")
+        dtype = torch.float32 if name == "norm" else x.dtype
+        if value.shape != shape or value.dtype != dtype or value.device != x.device:
+            raise ValueError(f"{name} must be {shape} {dtype} on {x.device}, got {describe(value)}")
 
 
 def check_packed_call(x: Tensor, operands: Operands, differentiable: str) -> None:

@@ -153,15 +153,23 @@ def conv3x3_packed(
     *,
     plus: Tensor | None = None,
     padding: tuple[int, int] = (1, 1),
+    skip: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """`conv3x3` with a weight that `pack_conv3x3` has laid out, maybe to resize. Not differentiable.
 
+    Its input may be two tensors side by side, and it may be the SiLU of their norm, neither of which is then
+    written anywhere: ``conv3x3_packed(x, packed, skip=skip, norm=group_norm_fold(x, groups, skip=skip))`` is
+    the convolution of ``group_norm_silu(torch.cat([x, skip], 1), groups)``.
+
     Args:
-        x: ``(B, C_in, H, W)`` float32 or bfloat16 on the CPU.
+        x: ``(B, C, H, W)`` float32 or bfloat16 on the CPU.
         packed: of a weight ``(C_out, C_in, 3, 3)`` in ``x``'s dtype.
         bias: as in `conv3x3`.
         plus: of the result's shape.
         padding: zeros before and after each dimension: (1, 1), or with ``resize`` "down" (0, 1).
+        skip: ``(B, C_in - C, H, W)``, like ``x``: the channels after those of x. Without it C is C_in.
+        norm: ``(B, 4, C_in)`` float32, of `group_norm_fold`. What pads the input is zero after the SiLU.
 
     Returns:
         ``(B, C_out, H', W')`` in ``x``'s layout. Without ``resize`` H' is H, and the result is equal to the
@@ -176,14 +184,21 @@ def conv3x3_packed(
     if not isinstance(packed, PackedConv3x3):
         raise TypeError(f"packed must be what pack_conv3x3 returned, got {type(packed).__name__}")
     _check_x(x)
-    if x.shape[1] != packed.in_channels:
-        raise ValueError(f"x must be (B, {packed.in_channels}, H, W) for such a weight, got {describe(x)}")
+    rest = packed.in_channels - x.shape[1]
+    if rest < 0 or (rest == 0) != (skip is None):
+        raise ValueError(
+            f"x must be (B, {packed.in_channels}, H, W) for such a weight, or have fewer channels and a skip "
+            f"with the others, got {describe(x)}"
+        )
     kind, shift = _number(packed.resize), _shift(x, packed.resize, padding)
     choose("conv3x3", "native", x)
-    check_packed_call(x, _operands(x, packed.out_channels, bias, plus, kind, shift), "conv3x3")
+    operands = _operands(x, packed.out_channels, bias, plus, kind, shift)
+    operands["skip"] = skip, (x.shape[0], rest, *x.shape[2:])
+    operands["norm"] = norm, (x.shape[0], 4, packed.in_channels)
+    check_packed_call(x, operands, "conv3x3")
     down, across = ALGORITHMS[packed.algorithm]
     run = torch.ops.ddpm_fast.conv3x3_packed.default
-    return run(x, packed.weight, bias, plus, packed.out_channels, down, across, kind, shift)
+    return run(x, packed.weight, bias, plus, packed.out_channels, down, across, kind, shift, skip, norm)
 
 
 def _number(resize: str | None) -> int:
@@ -240,7 +255,7 @@ def _fake(x, weight, bias, plus, down, across):
     return _fake_packed(x, weight, bias, plus, weight.shape[0], down, across)
 
 
-def _fake_packed(x, packed, bias, plus, out_channels, down, across, resize=0, shift=0):
+def _fake_packed(x, packed, bias, plus, out_channels, down, across, resize=0, shift=0, skip=None, norm=None):
     shape = _shape(x, out_channels, resize, shift)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
 
@@ -320,7 +335,7 @@ LIBRARY.define(
 LIBRARY.define("conv3x3_pack(Tensor weight, int down, int across, Tensor(a!) packed, int resize=0) -> ()")
 LIBRARY.define(
     "conv3x3_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? plus, int out_channels, "
-    "int down, int across, int resize=0, int shift=0) -> Tensor"
+    "int down, int across, int resize=0, int shift=0, Tensor? skip=None, Tensor? norm=None) -> Tensor"
 )
 torch.library.register_fake(
     "ddpm_fast::conv3x3_pack", lambda weight, down, across, packed, resize=0: None, lib=LIBRARY

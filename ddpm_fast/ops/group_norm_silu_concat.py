@@ -88,14 +88,8 @@ def group_norm_silu_concat(
         if found is not None:
             return found
     check_floating("x", x, 2)
-    check_floating("skip", skip, 2)
-    (batch, from_x, *pixels), (batch_skip, from_skip, *pixels_skip) = x.shape, skip.shape
-    alike = skip.dtype == x.dtype and skip.device == x.device
-    if not alike or batch_skip != batch or pixels_skip != pixels or from_skip == 0:
-        raise ValueError(
-            f"skip must be like x, {describe(x)}, but for its channels, at least one; got {describe(skip)}"
-        )
-    channels = from_x + from_skip
+    check_skip(x, skip)
+    channels = x.shape[1] + skip.shape[1]
     check_norm(x, channels, "x and skip's", num_groups, weight, bias, eps, add, scale, shift, act)
     chosen = choose("group_norm_silu", backend, x)
     run = differentiable(
@@ -103,6 +97,17 @@ def group_norm_silu_concat(
     )
     y, both = run(x, skip, num_groups, weight, bias, eps, add, scale, shift, act == "silu", concat)
     return (y, both) if concat else y
+
+
+def check_skip(x: Tensor, skip: Tensor) -> None:
+    """Refuse what cannot stand beside x."""
+    check_floating("skip", skip, 2)
+    alike = skip.dtype == x.dtype and skip.device == x.device
+    (batch, _, *pixels), (batch_skip, from_skip, *pixels_skip) = x.shape, skip.shape
+    if not alike or batch_skip != batch or pixels_skip != pixels or from_skip == 0:
+        raise ValueError(
+            f"skip must be like x, {describe(x)}, but for its channels, at least one; got {describe(skip)}"
+        )
 
 
 def _reference(x, skip, num_groups, weight, bias, eps, add, scale, shift, silu, concat):

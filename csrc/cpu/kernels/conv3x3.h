@@ -9,6 +9,7 @@
 
 #include "../kernels.h"
 #include "conv3x3_gemm.h"
+#include "conv3x3_pixels.h"
 #include "conv3x3_winograd.h"
 
 namespace ddpm_fast::cpu {
@@ -36,6 +37,11 @@ struct Conv3x3 {
   using Down = Winograd<kDown, kTaps, kResize>;
   using Across = Winograd<kAcross, kTaps, kResize>;
   static constexpr int kRows = Down::kSize, kColumns = Across::kSize;  // of inputs
+  // From a tile's inputs to the next one's.
+  static constexpr int kStep = kResize == Resize::kUp     ? kAcross / 2
+                               : kResize == Resize::kDown ? 2 * kAcross
+                                                          : kAcross;
+  using Prepared = PreparedPixels<T, kRows, kColumns, kStep>;
 
   // With at most `most` tiles in a block.
   static Conv3x3Plan cut(const Conv3x3Shape& shape, int64_t threads, int64_t most) {
@@ -49,6 +55,7 @@ struct Conv3x3 {
     plan.block = ceil_div(plan.tiles, plan.blocks);  // all alike
     plan.panels = ceil_div(plan.out_channels, kPanel);
     plan.products = Down::kProducts * Across::kProducts * products_stride(plan);
+    plan.pixels = Prepared::size(plan);
     return plan;
   }
 
@@ -128,18 +135,17 @@ struct Conv3x3 {
   }
 
   // Calls put(position, channel, v) with a tile's transformed inputs, of kLanes channels at once.
-  template <typename Put>
-  static inline void each_input(const Conv3x3Plan& plan, const T* x, int64_t tile, const Put& put) {
+  template <typename Pixels, typename Put>
+  static inline void each_input(const Conv3x3Plan& plan, Pixels& from, int64_t tile, const Put& put) {
     const int64_t channels = plan.in_channels;
     const Tile at = tile_at(plan, tile);
     const int64_t first_row = first_input(plan, at.row), first_column = first_input(plan, at.column);
-    const T* pixels[kRows][kColumns];  // null where they are padding
+    const typename Pixels::Value* pixels[kRows][kColumns];  // null where they are padding
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
         const int64_t row = first_row + i, column = first_column + j;
         const bool inside = row >= 0 && row < plan.height && column >= 0 && column < plan.width;
-        const int64_t pixel = (at.image * plan.height + row) * plan.width + column;
-        pixels[i][j] = inside ? x + pixel * channels : nullptr;
+        pixels[i][j] = inside ? from.at(at.image, row, column) : nullptr;
       }
     }
     for (int64_t c = 0; c < channels; c += kLanes) {
@@ -161,16 +167,34 @@ struct Conv3x3 {
     }
   }
 
-  static void transform(
-      const Conv3x3Plan& plan, const void* x, int64_t block, int64_t first, int64_t last, float* transformed,
-      float*) {
-    const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
-    for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
-      each_input(
-          plan, static_cast<const T*>(x), block * plan.block + tile, [&](int position, int64_t c, Float v) {
-            store(transformed + position * stride + c * plan.block + tile * kLanes, v);
-          });
+  // run(pixels); `memory` is for those that are prepared.
+  template <typename Run>
+  static inline void with_pixels(
+      const Conv3x3Plan& plan, const Conv3x3Input& from, float* memory, const Run& run) {
+    if (from.is_plain()) {
+      PlainPixels<T> pixels = {plan, static_cast<const T*>(from.x)};
+      run(pixels);
+    } else {
+      Prepared pixels(plan, from, memory);
+      run(pixels);
     }
+  }
+
+  static void begin(const Conv3x3Plan& plan, const Conv3x3Input& from, float* scratch) {
+    if (!from.is_plain()) Prepared(plan, from, scratch + plan.scratch).clear();
+  }
+
+  static void transform(
+      const Conv3x3Plan& plan, const Conv3x3Input& from, int64_t block, int64_t first, int64_t last,
+      float* transformed, float* scratch) {
+    const int64_t stride = transformed_stride(plan), tiles = tiles_in(plan, block);
+    with_pixels(plan, from, scratch + plan.scratch, [&](auto& pixels) {
+      for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
+        each_input(plan, pixels, block * plan.block + tile, [&](int position, int64_t c, Float v) {
+          store(transformed + position * stride + c * plan.block + tile * kLanes, v);
+        });
+      }
+    });
   }
 
   // ---- products ----
@@ -274,7 +298,8 @@ struct Conv3x3 {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, kResize, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross,   kResize, plan,
+                                              pack,  begin, transform, run};
 };
 
 }  // namespace

@@ -80,34 +80,43 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
   }
 
   static void transform(
-      const Conv3x3Plan& plan, const void* x, int64_t block, int64_t first, int64_t last, float* transformed,
-      float* scratch) {
-    if (is_narrow(plan)) return Base::transform(plan, x, block, first, last, transformed, scratch);
-    const int64_t channels = depth(plan) * kDepth, tiles = tiles_in(plan, block);
+      const Conv3x3Plan& plan, const Conv3x3Input& from, int64_t block, int64_t first, int64_t last,
+      float* transformed, float* scratch) {
+    if (is_narrow(plan)) return Base::transform(plan, from, block, first, last, transformed, scratch);
+    const int64_t channels = depth(plan) * kDepth;
     for (int64_t c = plan.in_channels / kLanes * kLanes; c < channels; c += kLanes) {
       for (int position = 0; position < kPositions; ++position)
         store(scratch + position * channels + c, Float{});
     }
-    for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
-      Magnitude largest[ceil_div(kPositions, 16)][16];
-      Base::each_input(
-          plan, static_cast<const float*>(x), block * plan.block + tile,
-          [&](int position, int64_t c, Float v) {
-            largest[position / 16][position % 16].see(v);
-            store(scratch + position * channels + c, v);
-          });
-      for (int position = 0; position < kPositions; position += 16) {
-        const Scale scale(largest_of(largest[position / 16]));
-        for (int k = 0; k < 16 && position + k < kPositions; ++k) {
-          auto* const to = reinterpret_cast<int8_t*>(transformed) + (position + k) * a_stride(plan);
-          reinterpret_cast<float*>(to + a_digits(plan))[tile] = scale.unit[k];
-          int8_t* digits = to + tile / 16 * depth(plan) * kDigits * kTile + tile % 16 * 64;
-          const float* from = scratch + (position + k) * channels;
-          for (int64_t c = 0; c < channels; c += kDepth, digits += kDigits * kTile) {
-            const Float v[4] = {
-                load(from + c), load(from + c + 16), load(from + c + 32), load(from + c + 48)};
-            store_digits(v, broadcast(scale.to[k]), digits, kTile);
-          }
+    const int64_t tiles = tiles_in(plan, block), end = last < tiles ? last : tiles;
+    Base::with_pixels(plan, from, scratch + plan.scratch, [&](auto& pixels) {
+      for (int64_t tile = first; tile < end; ++tile) {
+        transform(plan, pixels, block * plan.block + tile, tile, transformed, scratch);
+      }
+    });
+  }
+
+  // A tile, the block's `row`-th.
+  template <typename Pixels>
+  static inline void transform(
+      const Conv3x3Plan& plan, Pixels& pixels, int64_t tile, int64_t row, float* transformed,
+      float* scratch) {
+    const int64_t channels = depth(plan) * kDepth;
+    Magnitude largest[ceil_div(kPositions, 16)][16];
+    Base::each_input(plan, pixels, tile, [&](int position, int64_t c, Float v) {
+      largest[position / 16][position % 16].see(v);
+      store(scratch + position * channels + c, v);
+    });
+    for (int position = 0; position < kPositions; position += 16) {
+      const Scale scale(largest_of(largest[position / 16]));
+      for (int k = 0; k < 16 && position + k < kPositions; ++k) {
+        auto* const to = reinterpret_cast<int8_t*>(transformed) + (position + k) * a_stride(plan);
+        reinterpret_cast<float*>(to + a_digits(plan))[row] = scale.unit[k];
+        int8_t* digits = to + row / 16 * depth(plan) * kDigits * kTile + row % 16 * 64;
+        const float* from = scratch + (position + k) * channels;
+        for (int64_t c = 0; c < channels; c += kDepth, digits += kDigits * kTile) {
+          const Float v[4] = {load(from + c), load(from + c + 16), load(from + c + 32), load(from + c + 48)};
+          store_digits(v, broadcast(scale.to[k]), digits, kTile);
         }
       }
     }
@@ -205,7 +214,8 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     }
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown, kAcross, kResize, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, kDown,       kAcross,   kResize, plan,
+                                              pack,  Base::begin, transform, run};
 };
 
 }  // namespace

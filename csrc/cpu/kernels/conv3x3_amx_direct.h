@@ -88,6 +88,7 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
     plan.transformed = depth(plan) * a_stride(plan) / sizeof(float) + plan.block;
     plan.products = plan.block * kPanel;
     plan.scratch = kPositions * depth(plan) * kWidth;
+    plan.pixels = Preparation<BFloat16>::size(plan);
     return plan;
   }
 
@@ -114,32 +115,53 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
     }
   }
 
+  static void begin(const Conv3x3Plan& plan, const Conv3x3Input& from, float* scratch) {
+    if (is_narrow(plan)) return Base::begin(plan, from, scratch);
+    Preparation<BFloat16>(plan, from, scratch + plan.scratch).clear();
+    std::memset(scratch, 0, depth(plan) * kWidth * sizeof(float));
+  }
+
   // The share of a block's pixels that [first, last) is of its outputs.
   static void transform(
-      const Conv3x3Plan& plan, const void* x, int64_t block, int64_t first, int64_t last, float* transformed,
-      float* scratch) {
-    if (is_narrow(plan)) return Base::transform(plan, x, block, first, last, transformed, scratch);
+      const Conv3x3Plan& plan, const Conv3x3Input& from, int64_t block, int64_t first, int64_t last,
+      float* transformed, float* scratch) {
+    if (is_narrow(plan)) return Base::transform(plan, from, block, first, last, transformed, scratch);
     auto* const to = reinterpret_cast<char*>(transformed);
     auto* const outputs = reinterpret_cast<int32_t*>(to + depth(plan) * a_stride(plan));
     const int64_t start = block * plan.block;
     for (Walk at(plan, start + first); at.place < start + last; ++at) {
       outputs[at.place - start] = at.place < plan.tiles && at.inside() ? at.pixel() : -1;
     }
-    const int64_t channels = plan.in_channels, whole = channels / kWidth * kWidth;
+    const int64_t channels = plan.in_channels;
     const int64_t begin = reads(plan) * first / plan.block, end = reads(plan) * last / plan.block;
     const int64_t before = kMargin * (pitch(plan) + 1);  // the first output's first tap
+    const Preparation<BFloat16> preparation(plan, from, scratch + plan.scratch);
     for (Walk at(plan, start + begin - before); at.place < start + end - before; ++at) {
-      char* pixel = to + (at.place - start + before) * 64;
-      if (at.inside()) {
-        const auto* from = static_cast<const BFloat16*>(x) + at.pixel() * channels;
-        for (int64_t c = 0; c < whole; c += kWidth, pixel += a_stride(plan)) std::memcpy(pixel, from + c, 64);
-        if (whole < channels) {
-          std::memset(pixel, 0, 64);
-          std::memcpy(pixel, from + whole, (channels - whole) * sizeof(BFloat16));
-        }
+      char* const pixel = to + (at.place - start + before) * 64;
+      if (!at.inside()) {
+        for (int64_t k = 0; k < depth(plan); ++k) std::memset(pixel + k * a_stride(plan), 0, 64);
+      } else if (from.is_plain()) {
+        put(plan, pixel, static_cast<const BFloat16*>(from.x) + at.pixel() * channels);
       } else {
-        for (int64_t c = 0; c < channels; c += kWidth, pixel += a_stride(plan)) std::memset(pixel, 0, 64);
+        preparation.prepare(at.image, at.pixel(), scratch);
+        put(plan, pixel, scratch);
       }
+    }
+  }
+
+  static inline void put(const Conv3x3Plan& plan, char* to, const BFloat16* x) {
+    const int64_t channels = plan.in_channels, whole = channels / kWidth * kWidth;
+    for (int64_t c = 0; c < whole; c += kWidth, to += a_stride(plan)) std::memcpy(to, x + c, 64);
+    if (whole == channels) return;
+    std::memset(to, 0, 64);
+    std::memcpy(to, x + whole, (channels - whole) * sizeof(BFloat16));
+  }
+
+  // Of x's channels there are zeros up to the next 32.
+  static inline void put(const Conv3x3Plan& plan, char* to, const float* x) {
+    for (int64_t c = 0; c < plan.in_channels; c += kWidth, to += a_stride(plan)) {
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(load(x + c + kLanes), load(x + c));
+      std::memcpy(to, &rounded, sizeof(rounded));
     }
   }
 
@@ -259,7 +281,7 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
     sums.finish();
   }
 
-  static constexpr Conv3x3Kernels kKernels = {kTaps, 1, 1, Resize::kNone, plan, pack, transform, run};
+  static constexpr Conv3x3Kernels kKernels = {kTaps, 1, 1, Resize::kNone, plan, pack, begin, transform, run};
 };
 
 }  // namespace

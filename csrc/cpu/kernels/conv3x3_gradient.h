@@ -44,7 +44,7 @@ struct Conv3x3Gradient {
   static void transform(
       const Conv3x3Plan& plan, const float* x, const float* grad, int64_t block, int64_t first, int64_t last,
       float* inputs, float* outputs) {
-    Forward::transform(plan, x, block, first, last, inputs, nullptr);
+    Forward::transform(plan, {x}, block, first, last, inputs, nullptr);
     const int64_t tiles = tiles_in(plan, block), channels = plan.out_channels;
     const int64_t stride = products_stride(plan);
     for (int64_t tile = first; tile < last && tile < tiles; ++tile) {

@@ -394,11 +394,15 @@ void statistics_nhwc(
     squares[g] = sum_of_group(squares + g * channels_per_group, channels_per_group);
   }
   statistics(groups, pixels * channels_per_group, args.eps, pilots, sums, squares);
+  for (int64_t g = 0; g < groups; ++g) {  // before `fill` writes past a group
+    const float* const first = peaks + g * channels_per_group;
+    const float peak = *std::max_element(first, first + channels_per_group);
+    pilots[g] = __builtin_sqrtf(peak) + __builtin_fabsf(static_cast<float>(sums[g]) - pilots[g]);
+  }
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * channels_per_group;
     const float center = static_cast<float>(sums[g]);
-    const float peak = *std::max_element(peaks + first, peaks + first + channels_per_group);
-    fill(peaks + first, channels_per_group, __builtin_sqrtf(peak) + __builtin_fabsf(center - pilots[g]));
+    fill(peaks + first, channels_per_group, pilots[g]);
     fill(folded.center + first, channels_per_group, center);
     fill(folded.offset + first, channels_per_group, static_cast<float>(sums[g] - center));
     fill(folded.gain + first, channels_per_group, static_cast<float>(squares[g]));
@@ -426,6 +430,20 @@ void group_norm_nhwc(
     const int64_t c = s == 0 ? 0 : split;
     T* const copy = concat ? concat + c : nullptr;
     for_act(act, [&](auto act) { apply_rows<act>(source, y + c, copy, pixels, stride, by); });
+  }
+}
+
+template <typename T>
+void group_norm_fold(
+    const GroupNormSources& sources, float* to, int64_t step, int64_t pixels, int64_t channels,
+    int64_t channels_per_group, const GroupNormArgs& args, float* scratch) {
+  const Slots<T> by_slot = {sources.of[0].channels, channels};
+  const Rows rows(scratch, padded_channels(channels), by_slot.in_order());
+  statistics_nhwc(sources, pixels, channels_per_group, args, by_slot, rows);
+  fold(args, 0, channels, rows.folded);
+  for (const float* from : {rows.folded.center, rows.folded.gain, rows.folded.offset, rows.peaks}) {
+    std::memcpy(to, from, channels * sizeof(float));
+    to += step;
   }
 }
 

@@ -11,6 +11,7 @@
 #if defined(__x86_64__)
 #pragma GCC diagnostic push  // gcc 12 warns of what its own intrinsics leave undefined
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
