@@ -136,7 +136,7 @@ def test_what_else_is_measured_anew(monkeypatch, one_thread):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "null", "[]", "{}", '{"machine": 3}', "unknown", "foreign", "a list", "lists", b"\xff\xfe"],
+    ["", "{", "[" * 10**5, "null", "[]", "{}", '{"machine": 3}', "unknown", "foreign", "a list", "lists", b"\xff\xfe"],
 )
 def test_a_file_that_is_not_ours_is_measured_anew(content, monkeypatch, home):
     ways = Ways(monkeypatch, a=1.0, b=0.5, c=2.0)
