@@ -29,12 +29,10 @@ def check_folder(folder: Path) -> None:
 
 def replace(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Write through a temporary file beside ``path``, then rename."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             fill(file)
-        as_any_other(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -80,7 +78,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def as_any_other(file: Path) -> None:
-    """Give it the permissions of any new file: a temporary one, or one of safetensors', is private."""
+    """Give it the permissions of any new file: one of safetensors' is private."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(file, 0o666 & ~umask)

@@ -70,8 +70,9 @@ class Sampler:
             x, x0 = ops.posterior_step(x, out, table, i, seed=seed, image_index=k, x0_prev=x0, clip=clip)
 
     On the CPU each of our U-Net's 3x3 convolutions is computed in the way that is fastest on this processor,
-    measured in a first run and kept in the user's cache (see `tuning.fastest`). On another machine, or when
-    that is gone, the last bits may be others. With ``torch.use_deterministic_algorithms(True)`` nothing is
+    measured in a first run of a batch size and kept in the user's cache (see `tuning.fastest`). On another
+    machine, when that is gone, or where other processes or a profiler kept a first run from measuring, the
+    last bits of a later process may be others. With ``torch.use_deterministic_algorithms(True)`` nothing is
     measured, and the way follows from the shapes and the instruction set.
 
     Args:

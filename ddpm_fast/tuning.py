@@ -107,9 +107,8 @@ def _known(
 
 
 def _measured(names: tuple[str, ...], prior: str, make: Callable[[str], Call]) -> str:
-    others = torch.empty(
-        LARGER_THAN_CACHES, dtype=torch.uint8, device="cpu"
-    )  # takes no memory until it is written
+    # It takes no memory until it is written.
+    others = torch.empty(LARGER_THAN_CACHES, dtype=torch.uint8, device="cpu")
     calls = _contenders(names, prior, make, others)
     best = prior
     for _ in range(2):
@@ -246,7 +245,7 @@ def _read() -> dict[str, str]:
         content = json.loads(file.read_text(encoding="utf-8")) if file else None
         if content["machine"] == machine():
             return dict(content["fastest"])
-    except (OSError, ValueError, TypeError, KeyError):  # none, or not one of ours
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none, or not one of ours
         pass
     return {}
 

@@ -302,6 +302,22 @@ def test_a_packed_weight_is_kept_for_the_next_run_if_nothing_changed(generator, 
     assert memory() is None
 
 
+@pytest.mark.parametrize(
+    "set_to,default",
+    [(torch.set_default_dtype, torch.float64), (torch.set_default_device, "meta")],
+)
+def test_packed_weights_are_the_same_whatever_torch_s_defaults(set_to, default, generator, own):
+    weight = torch.randn(64, 128, 3, 3, generator=generator)
+    expected = ops.pack_conv3x3(weight, "f4"), ops.pack_linear(weight.flatten(1))  # of a huge page, and less
+    try:
+        set_to(default)
+        got = ops.pack_conv3x3(weight, "f4"), ops.pack_linear(weight.flatten(1))
+    finally:
+        set_to(torch.float32 if default is torch.float64 else None)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.weight.view(torch.uint8), other.weight.view(torch.uint8))
+
+
 @pytest.fixture
 def amx(monkeypatch):
     """The kernels of any instruction set in the part that AMX's have."""

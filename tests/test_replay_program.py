@@ -194,6 +194,21 @@ def test_an_op_that_fails_says_so_and_the_next_call_runs():
 
 
 @native
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_and_tracers_see_the_call(generator):
+    """To them a program is nothing."""
+    replayed = Replayed(lambda x: ops.group_norm_silu(x + 1, 4) * 2)
+    x, *others = torch.randn(5, 1, 8, 4, 4, generator=generator).unbind()
+    with torch.no_grad():
+        assert torch.equal(replayed(x), [replayed(x) for _ in range(3)][-1])
+        traced = torch.jit.trace(lambda x: replayed(x), x, check_trace=False)
+        together = torch.vmap(replayed)(torch.stack(others))
+        for k, other in enumerate(others):
+            assert torch.equal(traced(other), replayed(other))
+            torch.testing.assert_close(together[k], replayed(other))
+
+
+@native
 def test_what_no_program_can_be_made_of():
     program, x = direct("program"), torch.ones(1, 8)
     for name, arguments in (

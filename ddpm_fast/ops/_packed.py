@@ -16,10 +16,10 @@ def on_a_huge_page(floats: int, dtype: torch.dtype) -> Tensor:
 
     So many floats of it, in a dtype that says what they are for.
     """
-    page = 2**21 // 4
+    page, like = 2**21 // 4, {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     if floats < page:
-        return torch.empty(floats).view(dtype)
-    memory = torch.empty(floats + page)
+        return torch.empty(floats, **like).view(dtype)
+    memory = torch.empty(floats + page, **like)
     return memory.narrow(0, -(memory.data_ptr() // 4) % page, floats).view(dtype)
 
 

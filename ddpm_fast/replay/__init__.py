@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..ops._dispatch import is_watched
 from .program import function
 from .recorder import Recorder
 
@@ -30,9 +31,9 @@ class Replayed:
 
     Whoever makes one knows that every call runs the same ops on the same shapes: of ``given``, of what those
     ops make of it, and of tensors that stay where they are, whose values are read anew at each call. A call
-    whose ops ask for a value is never replayed, nor is one at which somebody watches: a dispatch or function
-    mode, autocast, a profiler, a global hook of modules. ``out`` is new at each call; all else is written to
-    the same memory, so that of two calls at once the second is not replayed.
+    whose ops ask for a value is never replayed, nor is one at which somebody watches: a mode, a transform, a
+    tracer, a profiler, autocast, a global hook of modules. ``out`` is new at each call; all else is written
+    to the same memory, so that of two calls at once the second is not replayed.
     """
 
     def __init__(self, call: Call) -> None:
@@ -66,10 +67,4 @@ class Replayed:
 
 
 def _is_watched() -> bool:
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._autograd._profiler_enabled()
-        or _has_any_global_hook()
-    )
+    return is_watched() or torch.is_autocast_enabled("cpu") or _has_any_global_hook()

@@ -124,7 +124,7 @@ class _Function:
         lifetimes = (Lifetime(self.variables[v].bytes, first[v], self.last[v]) for v in first)
         begins, total = plan(tuple(lifetimes))
         begin = dict(zip(first, begins, strict=True))
-        arena = torch.empty(total, dtype=torch.uint8)
+        arena = torch.empty(total, dtype=torch.uint8, device="cpu")
         dtypes = {self.variables[v].dtype for v in first}
         typed = {dtype: arena.view(dtype) for dtype in dtypes}
         made: dict[View, Tensor] = {}
