@@ -322,7 +322,7 @@ class Conv2d(nn.Conv2d):
 
     def _timed(self, shape: tuple[int, int, int, int], first: str | None, name: str) -> tuning.Call:
         """This layer by one algorithm, on an x of that shape."""
-        noise = torch.Generator().manual_seed(0)  # where differences vanish, AMX takes 2 to 4 times as long
+        noise = torch.Generator().manual_seed(0)
         x = torch.randn(shape, generator=noise, dtype=self.weight.dtype, device="cpu")
         x = x.contiguous(memory_format=torch.channels_last)
         packs: Packs = {}

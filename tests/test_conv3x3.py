@@ -13,6 +13,7 @@ twice as large and with stride 2 have matrices of their own, below, and 1.7.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
@@ -297,6 +298,27 @@ def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, dtype, gene
         True
     )
     assert torch.equal(got[~read], expected[~read])
+
+
+@pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64", reason="flags are those of x86-64's libm"
+)
+@pytest.mark.parametrize(
+    "algorithm,resize", [(name, resize) for resize in RESIZES for name in RESIZES[resize]]
+)
+def test_where_inputs_or_differences_vanish_nothing_is_denormal(algorithm, resize, generator, one_thread):
+    """On AMX units of zeros once were tiny: their products took up to three times as long."""
+    libm, denormal_or_underflow = ctypes.CDLL("libm.so.6"), 0x12
+    inputs = channels_last(make((1, 96, 40, 16, 16), generator, given=False))
+    x, weight = inputs["x"], inputs["weight"]
+    packed, nothing = (ops.pack_conv3x3(w, algorithm, resize) for w in (weight, torch.zeros_like(weight)))
+    for image, by in ((x.zero_(), packed), (torch.full_like(x, 0.1), packed), (torch.ones_like(x), nothing)):
+        libm.feclearexcept(denormal_or_underflow)
+        ops.conv3x3_packed(image, by)
+        assert libm.fetestexcept(denormal_or_underflow) == 0
+    weight[7, 70, 1, 1] = float("inf")
+    y = ops.conv3x3_packed(x, ops.pack_conv3x3(weight, algorithm, resize))
+    assert y[:, 7].isnan().all() and (y[:, :7] == 0).all()
 
 
 def test_calls_at_once_share_nothing(generator, one_thread):
