@@ -574,11 +574,14 @@ PROGRAM = """
 #include "kernels/conv3x3_amx.h"
 #include "kernels/conv3x3_amx_direct.h"
 #define CONV3X3 Conv3x3Amx
-#define DIRECT_BFLOAT16 Conv3x3AmxDirect<3>
+template <int kTaps>
+using DirectBFloat16 = ddpm_fast::cpu::Conv3x3AmxDirect<kTaps>;
 #else
 #include "kernels/conv3x3.h"
 #define CONV3X3 Conv3x3
-#define DIRECT_BFLOAT16 Conv3x3<1, 1, 3, Resize::kNone, BFloat16>
+template <int kTaps>
+using DirectBFloat16 =
+    ddpm_fast::cpu::Conv3x3<1, 1, kTaps, ddpm_fast::cpu::Resize::kNone, ddpm_fast::cpu::BFloat16>;
 #endif
 #include "kernels/conv3x3_gradient.h"
 
@@ -611,17 +614,18 @@ std::unique_ptr<T[]> rounded(const Floats& values, int64_t count) {
 }
 
 double direct(
-    const Conv3x3Shape& s, Resize resize, const float* x, const float* w, int64_t b, int64_t k, int64_t r,
-    int64_t c) {
-  const int64_t up = resize == Resize::kUp ? 2 : 1, stride = resize == Resize::kDown ? 2 : 1;
+    const Conv3x3Shape& s, const Conv3x3Kernels& kernels, const float* x, const float* w, int64_t b,
+    int64_t k, int64_t r, int64_t c) {
+  const int64_t up = kernels.resize == Resize::kUp ? 2 : 1, stride = kernels.resize == Resize::kDown ? 2 : 1;
+  const int64_t taps = kernels.taps, before = taps / 2 - s.shift;
   double sum = 0;
-  for (int64_t i = 0; i < 3; ++i) {
-    for (int64_t j = 0; j < 3; ++j) {
-      const int64_t row = stride * r + i - 1 + s.shift, column = stride * c + j - 1 + s.shift;
+  for (int64_t i = 0; i < taps; ++i) {
+    for (int64_t j = 0; j < taps; ++j) {
+      const int64_t row = stride * r + i - before, column = stride * c + j - before;
       if (row < 0 || row >= up * s.height || column < 0 || column >= up * s.width) continue;
       const float* const pixel = x + ((b * s.height + row / up) * s.width + column / up) * s.in_channels;
       for (int64_t p = 0; p < s.in_channels; ++p) {
-        sum += pixel[p] * w[((k * s.in_channels + p) * 3 + i) * 3 + j];
+        sum += pixel[p] * w[((k * s.in_channels + p) * taps + i) * taps + j];
       }
     }
   }
@@ -633,7 +637,8 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
   const int64_t height = plan.out_height, width = plan.out_width, pixels = s.batch * height * width;
   const Floats x = floats(s.batch * s.height * s.width * s.in_channels, 1);
-  const Floats w = floats(9 * s.in_channels * s.out_channels, 2);
+  const int64_t taps = kernels.taps * kernels.taps, weights = taps * s.in_channels * s.out_channels;
+  const Floats w = floats(weights, 2);
   const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats scratch = floats(32 * plan.scratch, 9);
@@ -641,8 +646,8 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const auto x_given = rounded<T>(x, s.batch * s.height * s.width * s.in_channels);
   const auto plus_given = rounded<T>(plus, pixels * s.out_channels);
   const auto y_given = rounded<T>(y, pixels * s.out_channels);
-  rounded<T>(w, 9 * s.in_channels * s.out_channels);
-  kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get(), scratch.get());
+  rounded<T>(w, weights);
+  kernels.pack(plan, {w.get(), taps * s.in_channels, taps, 1}, 0, plan.panels, packed.get(), scratch.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels.transform(plan, x_given.get(), block, 0, plan.block, transformed.get(), scratch.get());
     kernels.run(
@@ -653,7 +658,7 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
     const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % width;
     const int64_t r = pixel / width % height, b = pixel / width / height;
     const double exact =
-        direct(s, kernels.resize, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
+        direct(s, kernels, x.get(), w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
     const double got = load(&y_given[at], 1)[0], rounding = sizeof(T) == 2 ? std::abs(exact) / 256 : 0;
     if (!(std::abs(got - exact) < 1e-5 * (9 * s.in_channels + 2) + rounding)) {
       std::printf(
@@ -713,7 +718,7 @@ RUNS
 #endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
 #if defined(__AMX_INT8__)
-  const int64_t channels[][2] = {{65, 33}, {300, 1}};
+  const int64_t channels[][2] = {{65, 33}, {300, 1}, {64, 200}};
 #else
   const int64_t channels[][2] = {{3, 33}, {33, 3}, {16, 32}, {1, 1}, {35, 65}};
 #endif
@@ -728,8 +733,11 @@ RUNS
         check<float>(CONV3X3<2, 2>::kKernels, shape, given);
         check<float>(CONV3X3<4, 2>::kKernels, shape, given);
         check<float>(CONV3X3<4, 4>::kKernels, shape, given);
-        check<BFloat16>(DIRECT_BFLOAT16::kKernels, shape, given);
+        check<BFloat16>(DirectBFloat16<3>::kKernels, shape, given);
         check<BFloat16>(Conv3x3<4, 4, 3, Resize::kNone, BFloat16>::kKernels, shape, given);
+        const Conv3x3Shape linear = {1, 1, side[0] * side[1], c[0], c[1]};
+        check<float>(CONV3X3<1, 1, 1>::kKernels, linear, given);
+        check<BFloat16>(DirectBFloat16<1>::kKernels, linear, given);
         if (c[0] * c[1] < 1000) check_gradient(shape);
         check<float>(CONV3X3<2, 2, 3, Resize::kUp>::kKernels, shape, given);
         check<float>(CONV3X3<1, 1, 3, Resize::kDown>::kKernels, shape, given);

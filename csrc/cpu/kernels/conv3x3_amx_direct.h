@@ -77,6 +77,7 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
     if (is_narrow(shape)) return Base::plan(shape, threads);
     Conv3x3Plan plan = {};
     static_cast<Conv3x3Shape&>(plan) = shape;
+    plan.out_height = plan.height, plan.out_width = plan.width;
     plan.tiles = (shape.batch * lines(shape) - kMargin) * pitch(shape) - kMargin;
     plan.blocks = ceil_div(plan.tiles, kMost);
     if (plan.blocks > threads) plan.blocks = ceil_div(plan.blocks, threads) * threads;
