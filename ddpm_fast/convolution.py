@@ -299,8 +299,10 @@ class Conv2d(nn.Conv2d):
             return None
         resize, padding = _OWN_WINDOWS[window]
         batch, _, height, width = x.shape
-        if resize is not None and (height * width == 1 or x.dtype == torch.bfloat16):
-            return None  # an image of one pixel has not the layout of the result
+        if self.in_channels == 1 or (resize is not None and height * width == 1):
+            return None  # such an x is contiguous too, and so would the result be
+        if resize is not None and x.dtype == torch.bfloat16:
+            return None
         shape = batch, self.in_channels, height, width
         if resize is not None:
             prior = fastest_resizing(resize, *shape)
