@@ -187,7 +187,8 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
       for (; depth > 0; --depth, a += a_stride_) {
         for (int i = 0; i < kTaps; ++i) {
           for (int j = 0; j < kTaps; ++j, b += kTwoTiles) {
-            add_products<kRowTiles>(a + i * pitch_ + j * 64, b);
+            const char* const tap = a + i * pitch_ + j * 64;
+            add_products<kRowTiles>(tap, tap + kTile, b, b + kTile);
             for (const char* const last = ahead_ + ahead_step_; ahead_ < last; ahead_ += 64) {
               __builtin_prefetch(ahead_, 0, 2);
             }
