@@ -13,6 +13,7 @@ twice as large and with stride 2 have matrices of their own, below, and 1.7.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
@@ -299,6 +300,27 @@ def test_what_is_not_finite_shows_where_it_is_read(algorithm, value, dtype, gene
     assert torch.equal(got[~read], expected[~read])
 
 
+@pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64", reason="flags are those of x86-64's libm"
+)
+@pytest.mark.parametrize(
+    "algorithm,resize", [(name, resize) for resize in RESIZES for name in RESIZES[resize]]
+)
+def test_where_inputs_or_differences_vanish_nothing_is_denormal(algorithm, resize, generator, one_thread):
+    """On AMX units of zeros once were tiny: their products took up to three times as long."""
+    libm, denormal_or_underflow = ctypes.CDLL("libm.so.6"), 0x12
+    inputs = channels_last(make((1, 96, 40, 16, 16), generator, given=False))
+    x, weight = inputs["x"], inputs["weight"]
+    packed, nothing = (ops.pack_conv3x3(w, algorithm, resize) for w in (weight, torch.zeros_like(weight)))
+    for image, by in ((x.zero_(), packed), (torch.full_like(x, 0.1), packed), (torch.ones_like(x), nothing)):
+        libm.feclearexcept(denormal_or_underflow)
+        ops.conv3x3_packed(image, by)
+        assert libm.fetestexcept(denormal_or_underflow) == 0
+    weight[7, 70, 1, 1] = float("inf")
+    y = ops.conv3x3_packed(x, ops.pack_conv3x3(weight, algorithm, resize))
+    assert y[:, 7].isnan().all() and (y[:, :7] == 0).all()
+
+
 def test_calls_at_once_share_nothing(generator, one_thread):
     cases = [channels_last(make(shape, generator, dtype=dtype)) for shape in SHAPES for dtype in DTYPES]
     cases = list(itertools.product(cases, ALGORITHMS)) * 2
@@ -553,11 +575,14 @@ PROGRAM = """
 #include "kernels/conv3x3_amx.h"
 #include "kernels/conv3x3_amx_direct.h"
 #define CONV3X3 Conv3x3Amx
-#define DIRECT_BFLOAT16 Conv3x3AmxDirect<3>
+template <int kTaps>
+using DirectBFloat16 = ddpm_fast::cpu::Conv3x3AmxDirect<kTaps>;
 #else
 #include "kernels/conv3x3.h"
 #define CONV3X3 Conv3x3
-#define DIRECT_BFLOAT16 Conv3x3<1, 1, 3, Resize::kNone, BFloat16>
+template <int kTaps>
+using DirectBFloat16 =
+    ddpm_fast::cpu::Conv3x3<1, 1, kTaps, ddpm_fast::cpu::Resize::kNone, ddpm_fast::cpu::BFloat16>;
 #endif
 #include "kernels/conv3x3_gradient.h"
 
@@ -590,17 +615,18 @@ std::unique_ptr<T[]> rounded(const Floats& values, int64_t count) {
 }
 
 double direct(
-    const Conv3x3Shape& s, Resize resize, const float* x, const float* w, int64_t b, int64_t k, int64_t r,
-    int64_t c) {
-  const int64_t up = resize == Resize::kUp ? 2 : 1, stride = resize == Resize::kDown ? 2 : 1;
+    const Conv3x3Shape& s, const Conv3x3Kernels& kernels, const float* x, const float* w, int64_t b,
+    int64_t k, int64_t r, int64_t c) {
+  const int64_t up = kernels.resize == Resize::kUp ? 2 : 1, stride = kernels.resize == Resize::kDown ? 2 : 1;
+  const int64_t taps = kernels.taps, before = taps / 2 - s.shift;
   double sum = 0;
-  for (int64_t i = 0; i < 3; ++i) {
-    for (int64_t j = 0; j < 3; ++j) {
-      const int64_t row = stride * r + i - 1 + s.shift, column = stride * c + j - 1 + s.shift;
+  for (int64_t i = 0; i < taps; ++i) {
+    for (int64_t j = 0; j < taps; ++j) {
+      const int64_t row = stride * r + i - before, column = stride * c + j - before;
       if (row < 0 || row >= up * s.height || column < 0 || column >= up * s.width) continue;
       const float* const pixel = x + ((b * s.height + row / up) * s.width + column / up) * s.in_channels;
       for (int64_t p = 0; p < s.in_channels; ++p) {
-        sum += pixel[p] * w[((k * s.in_channels + p) * 3 + i) * 3 + j];
+        sum += pixel[p] * w[((k * s.in_channels + p) * taps + i) * taps + j];
       }
     }
   }
@@ -626,7 +652,8 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const Conv3x3Plan plan = kernels.plan(s, 1 + s.in_channels % 3);
   const int64_t height = plan.out_height, width = plan.out_width, pixels = s.batch * height * width;
   const int64_t inputs = s.batch * s.height * s.width;
-  const Floats x = floats(inputs * s.in_channels, 1), w = floats(9 * s.in_channels * s.out_channels, 2);
+  const int64_t taps = kernels.taps * kernels.taps, weights = taps * s.in_channels * s.out_channels;
+  const Floats x = floats(inputs * s.in_channels, 1), w = floats(weights, 2);
   const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
   const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
   const Floats scratch = floats(32 * plan.scratch, 9);
@@ -634,7 +661,7 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const auto x_given = rounded<T>(x, inputs * s.in_channels);
   const auto plus_given = rounded<T>(plus, pixels * s.out_channels);
   const auto y_given = rounded<T>(y, pixels * s.out_channels);
-  rounded<T>(w, 9 * s.in_channels * s.out_channels);
+  rounded<T>(w, weights);
   const int64_t split = given ? s.in_channels : (s.in_channels + 1) / 2, rest = s.in_channels - split;
   const int64_t numbers = kFoldRows * s.in_channels;
   const Floats normal = floats(inputs * s.in_channels, 10), fold = floats(s.batch * numbers, 11);
@@ -650,7 +677,7 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
     input = {first.get(), rest > 0 ? second.get() : nullptr, split, fold.get(), true};
     kernels.begin(plan, input, prepared.get());
   }
-  kernels.pack(plan, {w.get(), 9 * s.in_channels, 9, 1}, 0, plan.panels, packed.get(), scratch.get());
+  kernels.pack(plan, {w.get(), taps * s.in_channels, taps, 1}, 0, plan.panels, packed.get(), scratch.get());
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels.transform(plan, input, block, 0, plan.block, transformed.get(), prepared.get());
     kernels.run(
@@ -663,7 +690,7 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
     const int64_t k = at % s.out_channels, pixel = at / s.out_channels, c = pixel % width;
     const int64_t r = pixel / width % height, b = pixel / width / height;
     const double exact =
-        direct(s, kernels.resize, seen, w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
+        direct(s, kernels, seen, w.get(), b, k, r, c) + (given ? bias[k] + plus[at] : 0);
     const double got = load(&y_given[at], 1)[0];
     const double rounding = sizeof(T) == 2 ? std::abs(exact) / 256 + of_halves : 0;
     if (!(std::abs(got - exact) < 1e-5 * terms + rounding)) {
@@ -724,7 +751,7 @@ RUNS
 #endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
 #if defined(__AMX_INT8__)
-  const int64_t channels[][2] = {{65, 33}, {300, 1}};
+  const int64_t channels[][2] = {{65, 33}, {300, 1}, {64, 200}};
 #else
   const int64_t channels[][2] = {{3, 33}, {33, 3}, {16, 32}, {1, 1}, {35, 65}};
 #endif
@@ -739,8 +766,11 @@ RUNS
         check<float>(CONV3X3<2, 2>::kKernels, shape, given);
         check<float>(CONV3X3<4, 2>::kKernels, shape, given);
         check<float>(CONV3X3<4, 4>::kKernels, shape, given);
-        check<BFloat16>(DIRECT_BFLOAT16::kKernels, shape, given);
+        check<BFloat16>(DirectBFloat16<3>::kKernels, shape, given);
         check<BFloat16>(Conv3x3<4, 4, 3, Resize::kNone, BFloat16>::kKernels, shape, given);
+        const Conv3x3Shape linear = {1, 1, side[0] * side[1], c[0], c[1]};
+        check<float>(CONV3X3<1, 1, 1>::kKernels, linear, given);
+        check<BFloat16>(DirectBFloat16<1>::kKernels, linear, given);
         if (c[0] * c[1] < 1000) check_gradient(shape);
         check<float>(CONV3X3<2, 2, 3, Resize::kUp>::kKernels, shape, given);
         check<float>(CONV3X3<1, 1, 3, Resize::kDown>::kKernels, shape, given);

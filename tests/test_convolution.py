@@ -11,7 +11,7 @@ import torch
 from op_cases import check_error_rule
 from torch import nn
 
-from ddpm_fast import Request, Sampler, Schedule, UNet, UNetConfig, convolution, ops
+from ddpm_fast import Request, Sampler, Schedule, UNet, UNetConfig, convolution, ops, tuning
 from ddpm_fast.convolution import Conv2d, Linear, can_pack, fastest_conv3x3, has_amx, packing
 from ddpm_fast.ops import _dispatch
 from ddpm_fast.unet import Dropout, Shortcut
@@ -109,6 +109,17 @@ def test_where_it_is_the_plain_layer(generator, packs):
     with torch.no_grad():
         parametrized(x)
     assert not packs
+
+
+@pytest.mark.parametrize("first", [None, "repeat"])
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 32, 1, 1), (1, 1, 1, 1), (2, 32, 8, 1)], ids=str)
+def test_the_result_is_channels_last_whatever_is_the_fastest(shape, first, generator, packs, monkeypatch):
+    """Also of an x of one channel or one pixel, which is contiguous as well."""
+    monkeypatch.setattr(tuning, "fastest", lambda of, names, prior, make: "f2")
+    conv = Conv2d(shape[1], 20, 3, padding=1)
+    with torch.no_grad():
+        y = conv(channels_last(*shape, generator=generator), first=first)
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_nothing_is_kept_outside(generator):

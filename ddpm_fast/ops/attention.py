@@ -29,7 +29,8 @@ def attention(qkv: Tensor, heads: int, *, backend: str | None = None) -> Tensor:
         backend: "native" (float32 and bfloat16 on the CPU), "reference", or None for the fastest here.
 
     Returns:
-        ``(B, N, C)``, contiguous. An infinity or NaN shows in all that it goes into, on AMX as NaN.
+        ``(B, N, C)``, contiguous. An infinity or NaN shows in all that it goes into; of float32 on AMX it is
+        NaN there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device.

@@ -68,9 +68,10 @@ def conv3x3(
     Of bfloat16 all of it is in float32, transforms too, and the result is rounded once: 1.7e-3, whatever the
     algorithm. "direct" on AMX takes products of bfloat16, summed in float32, and is the fastest there.
 
-    An infinity or NaN in x shows in every output of the tiles that read it, on AMX as NaN. A call transforms
-    the weight too: for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse mode: to x
-    by ``algorithm``, to weight by F(4x4, 3x3) turned about, which errs as "f4"; of bfloat16 by PyTorch's own.
+    An infinity or NaN in x shows in every output of the tiles that read it, of float32 on AMX as NaN. A call
+    transforms the weight too: for more than one, `pack_conv3x3`. Differentiable in every tensor, in reverse
+    mode: to x by ``algorithm``, to weight by F(4x4, 3x3) turned about, which errs as "f4"; of bfloat16 by
+    PyTorch's own.
 
     Args:
         x: ``(B, C_in, H, W)`` float32, bfloat16, float16 or float64; contiguous or channels_last, which is

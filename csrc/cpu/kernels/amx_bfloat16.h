@@ -1,7 +1,7 @@
 // Products of bfloat16 on AMX, 32 rows by 32 columns, summed in float32 in tiles 0 to 3.
 //
 // A tile of the processor is 16 rows of 64 bytes. One of a is 32 channels of 16 rows; one of b 32 channels of
-// 16 columns: by lines, two channels' for each of them. Two of a, or of b, lie next to each other.
+// 16 columns: by lines, two channels' for each of them.
 #pragma once
 
 #include "amx_gemm.h"
@@ -13,16 +13,16 @@ namespace {
 constexpr int kWidth = 32;                // channels of a tile
 constexpr int64_t kTwoTiles = 2 * kTile;  // bytes
 
-// Adds 32 rows of a, or 16, times b.
+// Adds 32 rows of a, or the first 16, times b, each in two tiles.
 template <int kRowTiles>
-inline void add_products(const char* a, const char* b) {
-  _tile_loadd(6, b, 64);
-  _tile_loadd(4, a, 64);
+inline void add_products(const void* a0, const void* a1, const void* b0, const void* b1) {
+  _tile_loadd(6, b0, 64);
+  _tile_loadd(4, a0, 64);
   _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, b + kTile, 64);
+  _tile_loadd(7, b1, 64);
   _tile_dpbf16ps(1, 4, 7);
   if constexpr (kRowTiles == 2) {
-    _tile_loadd(5, a + kTile, 64);
+    _tile_loadd(5, a1, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }

@@ -51,7 +51,7 @@ inline Int largest_of(const Magnitude (&rows)[16]) {
 }
 
 // What rows of such magnitudes are multiplied by to be integers, and their units: NaN for one that is not
-// finite.
+// finite, and 0 for one of zeros, since a tiny one times another would be denormal, which is slow.
 struct Scale {
   Float to, unit;
 
@@ -59,7 +59,8 @@ struct Scale {
     const Float magnitude = bit_cast<Float>(magnitudes);
     const Float largest = magnitude > kSmallest ? magnitude : Float{} + kSmallest;
     to = kLargest / largest;
-    unit = magnitudes < 0x7F800000 ? largest * kUnit : Float{} + __builtin_nanf("");
+    const Float finite = magnitudes > 0 ? largest * kUnit : Float{};
+    unit = magnitudes < 0x7F800000 ? finite : Float{} + __builtin_nanf("");
   }
 };
 

@@ -64,7 +64,10 @@ class DigitProducts {
     pending_ = of;
   }
 
-  void finish() { write(0, pending_.count); }
+  void finish() {
+    write(0, pending_.count);
+    pending_.count = 0;
+  }
 
  private:
   // Place by place: four tiles of sums leave two for a and two for b, and each that is loaded serves twice.

@@ -58,7 +58,7 @@ struct Attention {
 
     Scratch(const AttentionPlan& plan, float* memory) {
       const auto take = [&](int64_t count) {
-        float* const from = memory + size;
+        float* const from = memory == nullptr ? nullptr : memory + size;
         size += ceil_div(count, 16) * 16;
         return from;
       };

@@ -1,7 +1,7 @@
 // Attention's two products on AMX: of float32 as int8 digits, see amx_digits.h, and of bfloat16.
 #pragma once
 
-#include "amx_gemm.h"
+#include "amx_bfloat16.h"
 #include "attention.h"
 
 namespace ddpm_fast::cpu {
@@ -208,7 +208,6 @@ struct DigitsProducts {
 
   void finish() {
     scores_.finish();
-    scores_ = {};
     sums_.finish();
   }
 
@@ -298,39 +297,12 @@ struct BFloat16Products {
  private:
   template <int kRowTiles>
   void multiply(const float* a, const float* b, int64_t depth, float* m, bool adds) {
-    constexpr int64_t kStride = kPanel * sizeof(float);
     const int64_t next = tiles(depth) * kTileFloats;
-    if (adds) {
-      _tile_loadd(0, m, kStride);
-      _tile_loadd(1, m + kLanes, kStride);
-      if constexpr (kRowTiles == 2) {
-        _tile_loadd(2, m + 16 * kPanel, kStride);
-        _tile_loadd(3, m + 16 * kPanel + kLanes, kStride);
-      }
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    adds ? load_sums<kRowTiles>(m) : zero_sums();
     for (int64_t k = 0; k < next; k += kTileFloats) {
-      _tile_loadd(4, a + k, 64);
-      _tile_loadd(6, b + k, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + next + k, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kRowTiles == 2) {
-        _tile_loadd(5, a + next + k, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+      add_products<kRowTiles>(a + k, a + next + k, b + k, b + next + k);
     }
-    _tile_stored(0, m, kStride);
-    _tile_stored(1, m + kLanes, kStride);
-    if constexpr (kRowTiles == 2) {
-      _tile_stored(2, m + 16 * kPanel, kStride);
-      _tile_stored(3, m + 16 * kPanel + kLanes, kStride);
-    }
+    store_sums<kRowTiles>(m);
   }
 
   Tiles configured_;

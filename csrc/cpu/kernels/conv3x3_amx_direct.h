@@ -77,7 +77,7 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
     if (is_narrow(shape)) return Base::plan(shape, threads);
     Conv3x3Plan plan = {};
     static_cast<Conv3x3Shape&>(plan) = shape;
-    plan.out_height = shape.height, plan.out_width = shape.width;
+    plan.out_height = plan.height, plan.out_width = plan.width;
     plan.tiles = (shape.batch * lines(shape) - kMargin) * pitch(shape) - kMargin;
     plan.blocks = ceil_div(plan.tiles, kMost);
     if (plan.blocks > threads) plan.blocks = ceil_div(plan.blocks, threads) * threads;
@@ -209,7 +209,8 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
       for (; depth > 0; --depth, a += a_stride_) {
         for (int i = 0; i < kTaps; ++i) {
           for (int j = 0; j < kTaps; ++j, b += kTwoTiles) {
-            add_products<kRowTiles>(a + i * pitch_ + j * 64, b);
+            const char* const tap = a + i * pitch_ + j * 64;
+            add_products<kRowTiles>(tap, tap + kTile, b, b + kTile);
             for (const char* const last = ahead_ + ahead_step_; ahead_ < last; ahead_ += 64) {
               __builtin_prefetch(ahead_, 0, 2);
             }
