@@ -77,7 +77,7 @@ def eager_norm(x, num_groups, weight, bias, add=None, scale=None, shift=None):
 
 
 def check_error(got: Tensor, eager: Tensor, exact: Tensor, factor: float = 1) -> None:
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(got.dtype).eps
     for size in (lambda v: v.abs().max().item(), lambda v: v.square().mean().sqrt().item()):
         error = size(got - exact)
         allowed = factor * (2 * size(eager - exact) + eps * size(exact))
@@ -146,12 +146,39 @@ def test_a_convolution_of_a_norm(shape, algorithm, mean, generator, poisoned):
     exact = F.conv2d(h, weight.double(), bias.double(), padding=1) + plus
     eager = F.conv2d(F.silu(eager_norm(**joined)), weight, bias, padding=1) + plus
     check_error(got, eager, exact, growth(algorithm))
-    joined["x"] = channels_last(
-        torch.cat([joined["x"][-1:], joined["x"][:-1]])
-    )  # each image by its own numbers
     if inputs["skip"] is not None:
         concatenation = ops.conv3x3_packed(both(inputs)["x"], packed)
         assert torch.equal(ops.conv3x3_packed(inputs["x"], packed, skip=inputs["skip"]), concatenation)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_bfloat16(shape, algorithm, generator, poisoned):
+    inputs = make(shape, generator, dtype=torch.bfloat16)
+    inputs = {name: v.bfloat16() if isinstance(v, Tensor) else v for name, v in inputs.items()}
+    joined = both(inputs)
+    batch, channels, *side = joined["x"].shape
+    weight = torch.randn(33, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+    plus = channels_last(torch.randn(batch, 33, *side, generator=generator).bfloat16())
+    weight, fold = weight.bfloat16(), ops.group_norm_fold(**inputs)
+    packed = ops.pack_conv3x3(weight, algorithm)
+    got = ops.conv3x3_packed(inputs["x"], packed, plus=plus, skip=inputs["skip"], norm=fold)
+    h = reference.group_norm_silu(**upcast(joined))
+    exact = F.conv2d(h, weight.double(), padding=1) + plus
+    check_error(got, F.conv2d(F.silu(eager_norm(**joined)), weight, padding=1) + plus, exact)
+    if inputs["skip"] is not None:
+        concatenation = ops.conv3x3_packed(joined["x"], packed)
+        assert torch.equal(ops.conv3x3_packed(inputs["x"], packed, skip=inputs["skip"]), concatenation)
+
+    x, skip = (v if v is None else v.permute(0, 2, 3, 1).flatten(1, 2) for v in (inputs["x"], inputs["skip"]))
+    weight = weight[:, :, 0, 0]
+    fold = ops.group_norm_fold(**inputs | {"shift": None})
+    rows = reference.group_norm_silu(**upcast(joined) | {"shift": None}, act="none")
+    rows, eager = (
+        v.permute(0, 2, 3, 1).flatten(1, 2) for v in (rows, eager_norm(**joined | {"shift": None}))
+    )
+    got = ops.linear_packed(x, ops.pack_linear(weight), skip=skip, norm=fold)
+    check_error(got, eager @ weight.t(), rows @ weight.t().double())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
