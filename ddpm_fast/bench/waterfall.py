@@ -73,7 +73,7 @@ def table(settings: Settings) -> Table:
         ],
     )
     model = sampling.model_of(settings)
-    batches = (1, 8) if not settings.quick else (2,)
+    batches = [batch for batch in sampling.batches(settings) if batch <= 8]
     found.pictures = [
         Picture("bars", f"a step, batch {batch}", "technique", "time", {"batch": batch}, ("whose",))
         for batch in batches
