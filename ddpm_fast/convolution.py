@@ -295,17 +295,17 @@ class Conv2d(nn.Conv2d):
             and not is_transformed()
             and _suits(self.weight, x)
             and x.is_contiguous(memory_format=torch.channels_last)
-            and self._is_ours(x)
+            and self._window(x, None) == (None, (1, 1))
             and min(self.in_channels, self.out_channels) >= 16
             and tiles(len(x), *x.shape[2:], 4, 4) >= 32
         )
 
     def _kernel(self, x: Tensor, first: str | None) -> Kernel | None:
         """Which of our own kernels, None for oneDNN's."""
-        window = (self.kernel_size, self.dilation, self.stride, self.padding, first)
-        if _LOW_MEMORY.get() or window not in _OWN_WINDOWS or not runs_native("conv3x3", x):
+        window = None if _LOW_MEMORY.get() else self._window(x, first)
+        if window is None:
             return None
-        resize, padding = _OWN_WINDOWS[window]
+        resize, padding = window
         batch, _, height, width = x.shape
         if self.in_channels == 1 or (resize is not None and height * width == 1):
             return None  # such an x is contiguous too, and so would the result be
@@ -349,9 +349,10 @@ class Conv2d(nn.Conv2d):
         weight = packs[self].weight
         return tuning.Call(run, weight if isinstance(weight, Tensor) else weight.weight)
 
-    def _is_ours(self, x: Tensor) -> bool:
-        window = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and runs_native("conv3x3", x)
+    def _window(self, x: Tensor, first: str | None) -> tuple[str | None, tuple[int, int]] | None:
+        """Our own kernels' resize and padding for this layer after ``first``, None where they have none."""
+        window = (self.kernel_size, self.dilation, self.stride, self.padding, first)
+        return _OWN_WINDOWS.get(window) if runs_native("conv3x3", x) else None
 
     def _pack_own(self, packs: Packs, kernel: Kernel) -> ops.PackedConv3x3:
         def pack() -> Own:

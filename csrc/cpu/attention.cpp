@@ -12,16 +12,6 @@ using cpu::AttentionHead;
 using cpu::AttentionKernels;
 using cpu::AttentionPlan;
 
-Workspace& for_keys_and_values() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
-Workspace& for_scratch() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
 constexpr int64_t kWorthAThread = int64_t{1} << 19;  // products: some 10 us
 
 // With heads for every thread, a thread takes whole ones: nothing waits, and nothing is read from another's
@@ -34,7 +24,7 @@ void run(const AttentionKernels& kernels, const AttentionPlan& plan, int64_t hea
   if (heads % threads == 0 || heads >= 4 * threads || heads * products < 2 * kWorthAThread) {
     const int64_t grain = (kWorthAThread + products - 1) / products;
     parallel_for(0, heads, grain, [&](int64_t first, int64_t last) {
-      float* const laid_out = for_keys_and_values().floats(plan.laid_out);
+      float* const laid_out = for_operands().floats(plan.laid_out);
       float* const scratch = for_scratch().floats(plan.scratch);
       for (int64_t head = first; head < last; ++head) {
         kernels.lay_out(plan, head_at(head), 0, plan.pieces, laid_out, scratch);
@@ -43,7 +33,7 @@ void run(const AttentionKernels& kernels, const AttentionPlan& plan, int64_t hea
     });
     return;
   }
-  float* const laid_out = for_keys_and_values().floats(heads * plan.laid_out);
+  float* const laid_out = for_operands().floats(heads * plan.laid_out);
   const auto each = [&](int64_t parts, const auto& work) {
     parallel_for(0, heads * parts, 1, [&](int64_t first, int64_t last) {
       float* const scratch = for_scratch().floats(plan.scratch);

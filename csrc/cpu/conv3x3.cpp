@@ -36,17 +36,7 @@ const Conv3x3Kernels& kernels_of(
 // Of a linear layer.
 const Conv3x3Kernels& for_rows(ScalarType dtype) { return kernels_of(dtype, 1, 1, 0, /*taps=*/1); }
 
-Workspace& for_tiles() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
 Workspace& for_products() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
-Workspace& for_scratch() {
   thread_local Workspace workspace;
   return workspace;
 }
@@ -59,7 +49,7 @@ void run(
   const int64_t blocks = plan.blocks, scratch_size = plan.scratch + (x.is_plain() ? 0 : plan.pixels);
   if (blocks >= static_cast<int64_t>(torch::stable::get_num_threads())) {
     parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-      float* const transformed = for_tiles().floats(plan.transformed);
+      float* const transformed = for_operands().floats(plan.transformed);
       float* const products = for_products().floats(plan.products);
       float* const scratch = for_scratch().floats(scratch_size);
       if (!x.is_plain()) kernels.begin(plan, x, scratch);
@@ -70,7 +60,7 @@ void run(
     });
     return;
   }
-  float* const transformed = for_tiles().floats(blocks * plan.transformed);
+  float* const transformed = for_operands().floats(blocks * plan.transformed);
   parallel_for(0, blocks * plan.block, 1, [&](int64_t first, int64_t last) {
     float* const scratch = for_scratch().floats(scratch_size);
     if (!x.is_plain()) kernels.begin(plan, x, scratch);
@@ -97,10 +87,13 @@ int64_t packed_size(const Conv3x3Kernels& kernels, int64_t in_channels, int64_t 
 }
 
 // Packed weights are in the dtype of what they are for, whatever lies in them.
+int64_t packed_elements(const Conv3x3Plan& plan, ScalarType dtype) {
+  return plan.packed * (dtype == ScalarType::Float ? 1 : sizeof(float) / sizeof(uint16_t));
+}
+
 bool holds(const Tensor& packed, ScalarType dtype, const Conv3x3Plan& plan) {
-  const int64_t size = dtype == ScalarType::Float ? sizeof(float) : sizeof(uint16_t);
   return packed.scalar_type() == dtype && packed.is_contiguous() &&
-         packed.numel() * size == plan.packed * static_cast<int64_t>(sizeof(float));
+         packed.numel() == packed_elements(plan, dtype);
 }
 
 // As float32, in its layout.
@@ -221,20 +214,24 @@ struct Convolved {
   }
 };
 
+void convolve_into(
+    const Convolved& convolved, const Tensor& x, const Tensor& packed, Operands given, Tensor y) {
+  if (given.skip) given.skip = to_channels_last(*given.skip);
+  if (given.plus) {
+    check_like("plus", *given.plus, y, "the result");
+    given.plus = to_channels_last(*given.plus);
+  }
+  const bool in_place = lies_channels_last(y);
+  const Tensor result = in_place ? y : convolved.empty(x, MemoryFormat::ChannelsLast);
+  convolve(convolved.kernels, convolved.shape, to_channels_last(x), packed, given, /*silu=*/true, result);
+  if (!in_place) torch::stable::copy_(y, result);
+}
+
 void conv3x3_packed_into(
     Tensor x, Tensor packed, OptionalTensor bias, OptionalTensor plus, int64_t out_channels, int64_t down,
     int64_t across, int64_t resize, int64_t shift, OptionalTensor skip, OptionalTensor norm, Tensor y) {
   const Convolved convolved(x, skip, out_channels, down, across, resize, shift);
-  x = to_channels_last(x);
-  if (skip) skip = to_channels_last(*skip);
-  const bool in_place = lies_channels_last(y);
-  const Tensor result = in_place ? y : convolved.empty(x, MemoryFormat::ChannelsLast);
-  if (plus) {
-    check_like("plus", *plus, y, "the result");
-    plus = to_channels_last(*plus);
-  }
-  convolve(convolved.kernels, convolved.shape, x, packed, {bias, plus, skip, norm}, /*silu=*/true, result);
-  if (!in_place) torch::stable::copy_(y, result);
+  convolve_into(convolved, x, packed, {bias, plus, skip, norm}, y);
 }
 
 Tensor conv3x3_packed_cpu(
@@ -243,7 +240,7 @@ Tensor conv3x3_packed_cpu(
   const Convolved convolved(x, skip, out_channels, down, across, resize, shift);
   const Tensor y =
       convolved.empty(x, is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  conv3x3_packed_into(x, packed, bias, plus, out_channels, down, across, resize, shift, skip, norm, y);
+  convolve_into(convolved, x, packed, {bias, plus, skip, norm}, y);
   return y;
 }
 
@@ -252,9 +249,7 @@ Tensor packed_now(const Tensor& weight, bool turned, int64_t down, int64_t acros
   const Conv3x3Kernels& kernels = kernels_of(weight.scalar_type(), down, across);
   const Conv3x3Plan plan =
       kernels.plan({1, 1, 1, weight.size(turned ? 0 : 1), weight.size(turned ? 1 : 0)}, 1);
-  const int64_t size = weight.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(uint16_t);
-  const Tensor packed =
-      torch::stable::new_empty(weight, {plan.packed * static_cast<int64_t>(sizeof(float)) / size});
+  const Tensor packed = torch::stable::new_empty(weight, {packed_elements(plan, weight.scalar_type())});
   pack(kernels, weight, turned, packed);
   return packed;
 }

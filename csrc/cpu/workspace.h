@@ -50,4 +50,15 @@ class Workspace {
   int64_t count_ = 0;
 };
 
+// A thread's, for whichever op it runs: what is laid out to be multiplied, and what a kernel needs besides.
+inline Workspace& for_operands() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+inline Workspace& for_scratch() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
 }  // namespace ddpm_fast

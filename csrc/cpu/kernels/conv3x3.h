@@ -96,6 +96,19 @@ struct Conv3x3 {
     }
   }
 
+  // A panel's transformed weights as [position][channel][kPanel], with zeros after the last of `channels`;
+  // see(position, half, u) besides.
+  template <typename See>
+  static inline void lay_out_weights(
+      const Conv3x3Plan& plan, const Conv3x3Weight<const float>& weight, int64_t panel, int64_t channels,
+      float* to, const See& see) {
+    std::memset(to, 0, kRows * kColumns * channels * kPanel * sizeof(float));
+    each_weight(plan, weight, panel, [&](int position, int64_t c, int half, Float u) {
+      see(position, half, u);
+      store(to + (position * channels + c) * kPanel + half * kLanes, u);
+    });
+  }
+
   static void pack(
       const Conv3x3Plan& plan, const Conv3x3Weight<const float>& weight, int64_t first, int64_t last,
       float* packed, float*) {

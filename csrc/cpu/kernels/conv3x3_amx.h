@@ -54,10 +54,8 @@ struct Conv3x3Amx : Conv3x3<kDown, kAcross, kTaps, kResize> {
     const int64_t channels = depth(plan) * kDepth;
     for (int64_t panel = first; panel < last; ++panel) {
       Magnitude largest[kPositions][2];
-      std::memset(scratch, 0, kPositions * channels * kPanel * sizeof(float));
-      Base::each_weight(plan, weight, panel, [&](int position, int64_t c, int half, Float u) {
+      Base::lay_out_weights(plan, weight, panel, channels, scratch, [&](int position, int half, Float u) {
         largest[position][half].see(u);
-        store(scratch + (position * channels + c) * kPanel + half * kLanes, u);
       });
       auto* const to = reinterpret_cast<int8_t*>(packed + panel * plan.panel_size);
       for (int position = 0; position < kPositions; ++position) {

@@ -99,10 +99,7 @@ struct Conv3x3AmxDirect : Conv3x3<1, 1, kTaps, Resize::kNone, BFloat16> {
     if (is_narrow(plan)) return Base::pack(plan, weight, first, last, packed, scratch);
     const int64_t channels = depth(plan) * kWidth;
     for (int64_t panel = first; panel < last; ++panel) {
-      std::memset(scratch, 0, kPositions * channels * kPanel * sizeof(float));
-      Base::each_weight(plan, weight, panel, [&](int position, int64_t c, int half, Float u) {
-        store(scratch + (position * channels + c) * kPanel + half * kLanes, u);
-      });
+      Base::lay_out_weights(plan, weight, panel, channels, scratch, [](int, int, Float) {});
       auto* to = reinterpret_cast<BFloat16*>(packed + panel * plan.panel_size);
       for (int64_t c = 0; c < channels; c += kWidth) {
         for (int position = 0; position < kPositions; ++position) {
