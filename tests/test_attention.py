@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import pass_on
 from op_cases import check_error_rule
-from sanitized import FLAGS, RUNS, run_sanitized
+from sanitized import ARRAYS, FLAGS, RUNS, run_sanitized
 from torch import Tensor
 
 from ddpm_fast import UNetConfig, ops, reference
@@ -245,54 +241,28 @@ def test_the_layer_adds_its_input_in_its_layout(batch, channels_last, output_sca
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set_passes(isa):
     """The best one runs in the other tests; the others are forced, each in its own process."""
-    if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"{isa} is an instruction set of x86-64")
     names = "against_float64 or float32s_size or any_batch or large_scores or not_finite"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-k", names],
-        env=os.environ | {"DDPM_FAST_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    if "this processor does not run it" in done.stdout:
-        pytest.skip(f"this processor does not run {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_on(isa, ("test_attention.py",), names)
 
 
 PROGRAM = """
 #if defined(__AMX_INT8__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "kernels/attention_amx.h"
 #else
 #include "kernels/attention.h"
 #endif
 #include "kernels/convert.h"
-
-#include <cmath>
-#include <cstdio>
-#include <memory>
 #include <vector>
-
+ARRAYS
 using namespace ddpm_fast;
 using namespace ddpm_fast::cpu;
-
-// Exactly as many as are asked for: AddressSanitizer sees the first one too many.
-template <typename T>
-using Array = std::unique_ptr<T[]>;
 
 template <typename T>
 void check(const AttentionKernels& kernels, Dtype dtype, int64_t tokens, int64_t width, int64_t threads) {
   const AttentionPlan plan = kernels.plan(tokens, width, threads);
-  const Array<float> values(new float[3 * tokens * width]), got(new float[tokens * width]);
+  const Array<float> values = floats(3 * tokens * width, 1), got(new float[tokens * width]);
   const Array<T> qkv(new T[3 * tokens * width]), y(new T[tokens * width]);
-  uint32_t seed = 1;
-  for (int64_t k = 0; k < 3 * tokens * width; ++k) {
-    seed = seed * 1664525u + 1013904223u;
-    values[k] = static_cast<float>(seed >> 8) / (1 << 22) - 2;
-  }
+  for (int64_t k = 0; k < 3 * tokens * width; ++k) values[k] *= 2;
   store_any(dtype, values.get(), qkv.get(), 3 * tokens * width);
   load_any(dtype, qkv.get(), values.get(), 3 * tokens * width);
   const AttentionHead head = {
@@ -326,9 +296,6 @@ void check(const AttentionKernels& kernels, Dtype dtype, int64_t tokens, int64_t
 int main() {
 RUNS
 #if defined(__AMX_INT8__)
-  unsigned a, b, c, d;
-  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 && (d >> 22 & 1);
-  if (!has || syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 77;
   const AttentionKernels of_float = AttentionDigits::kKernels;
   const AttentionKernels of_half = Attention<BFloat16Products>::kKernels;
 #else
@@ -343,7 +310,7 @@ RUNS
     }
   }
 }
-""".replace("RUNS", RUNS)
+""".replace("ARRAYS", ARRAYS).replace("RUNS", RUNS)
 
 
 @pytest.mark.parametrize("isa", FLAGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import needs_x86, pass_on
 
 from ddpm_fast.ops import _dispatch
 
@@ -187,8 +187,7 @@ def test_every_instruction_set_passes(isa):
     """The best one runs in the other tests; the others are forced, each in its own process."""
     if _dispatch.NATIVE_MISSING is not None:
         pytest.skip(_dispatch.NATIVE_MISSING)
-    if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"{isa} is an instruction set of x86-64")
+    needs_x86(isa)
     program = "import torch; from ddpm_fast import info; print(info()['cpu kernels'])"
     environment = os.environ | {"DDPM_FAST_CPU": isa}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -196,14 +195,7 @@ def test_every_instruction_set_passes(isa):
         pytest.skip(f"this processor does not run {isa}")
     assert done.stdout.startswith(f"{isa} (built for "), done.stderr
     names = "native and (against_float64 or nan or in_place or matches or lane or counter)"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_ops.py", "tests/test_noise.py", "-q", "-k", names],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_on(isa, ("test_ops.py", "test_noise.py"), names)
 
 
 def test_an_unknown_instruction_set_is_named():

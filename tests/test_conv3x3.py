@@ -16,25 +16,21 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import os
 import platform
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sanitized import FLAGS, RUNS, run_sanitized
+from instruction_sets import pass_on
+from sanitized import ARRAYS, FLAGS, RUNS, run_sanitized
 from torch import Tensor
 
 from ddpm_fast import ops, reference
 from ddpm_fast.ops import _dispatch
 from ddpm_fast.ops.conv3x3 import ALGORITHMS, RESIZES
 
-ROOT = Path(__file__).parents[1]
 POINTS = {1: None, 2: (0, 1, -1), 4: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}  # and infinity, by outputs of a tile
 DTYPES = [torch.float32, torch.bfloat16]  # that the kernels take
 SHAPES = [  # (B, C, K, H, W)
@@ -549,29 +545,13 @@ def test_bad_input_to_resizing():
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set_passes(isa):
     """The best one runs in the other tests; the others are forced, each in its own process."""
-    if isa != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"{isa} is an instruction set of x86-64")
     names = "against_float64 or large_mean or packed_is or any_batch or fingerprint or a_row or not_finite"
     names += " or of_a_norm or a_spike or a_fold_is"
-    files = __file__, *(str(ROOT / "tests" / f"test_{of}.py") for of in ("linear", "norm_in_convolution"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *files, "-q", "-k", names],
-        cwd=ROOT,
-        env=os.environ | {"DDPM_FAST_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    if "this processor does not run it" in done.stdout:
-        pytest.skip(f"this processor does not run {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_on(isa, ("test_conv3x3.py", "test_linear.py", "test_norm_in_convolution.py"), names)
 
 
 PROGRAM = """
 #if defined(__AMX_INT8__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "kernels/conv3x3_amx.h"
 #include "kernels/conv3x3_amx_direct.h"
 #define CONV3X3 Conv3x3Amx
@@ -585,28 +565,13 @@ using DirectBFloat16 =
     ddpm_fast::cpu::Conv3x3<1, 1, kTaps, ddpm_fast::cpu::Resize::kNone, ddpm_fast::cpu::BFloat16>;
 #endif
 #include "kernels/conv3x3_gradient.h"
-
-#include <cmath>
-#include <cstdio>
-#include <memory>
-
+ARRAYS
 using namespace ddpm_fast::cpu;
-
-// Exactly as many floats as are asked for: AddressSanitizer sees the first one too many.
-using Floats = std::unique_ptr<float[]>;
-Floats floats(int64_t count, uint32_t seed) {
-  Floats made(new float[count]);
-  for (int64_t k = 0; k < count; ++k) {
-    seed = seed * 1664525u + 1013904223u;
-    made[k] = static_cast<float>(seed >> 8) / (1 << 23) - 1;
-  }
-  return made;
-}
 
 // Rounded to T, as which they are given too.
 template <typename T>
-std::unique_ptr<T[]> rounded(const Floats& values, int64_t count) {
-  std::unique_ptr<T[]> made(new T[count]);
+Array<T> rounded(const Array<float>& values, int64_t count) {
+  Array<T> made(new T[count]);
   for (int64_t k = 0; k < count; ++k) {
     store(&made[k], load(&values[k], 1), 1);
     values[k] = load(&made[k], 1)[0];
@@ -653,20 +618,20 @@ void check(const Conv3x3Kernels& kernels, const Conv3x3Shape& s, bool given) {
   const int64_t height = plan.out_height, width = plan.out_width, pixels = s.batch * height * width;
   const int64_t inputs = s.batch * s.height * s.width;
   const int64_t taps = kernels.taps * kernels.taps, weights = taps * s.in_channels * s.out_channels;
-  const Floats x = floats(inputs * s.in_channels, 1), w = floats(weights, 2);
-  const Floats bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
-  const Floats packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
-  const Floats scratch = floats(32 * plan.scratch, 9);
-  const Floats products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
+  const Array<float> x = floats(inputs * s.in_channels, 1), w = floats(weights, 2);
+  const Array<float> bias = floats(s.out_channels, 3), plus = floats(pixels * s.out_channels, 4);
+  const Array<float> packed = floats(plan.packed, 5), transformed = floats(plan.transformed, 6);
+  const Array<float> scratch = floats(32 * plan.scratch, 9);
+  const Array<float> products = floats(plan.products, 7), y = floats(pixels * s.out_channels, 8);
   const auto x_given = rounded<T>(x, inputs * s.in_channels);
   const auto plus_given = rounded<T>(plus, pixels * s.out_channels);
   const auto y_given = rounded<T>(y, pixels * s.out_channels);
   rounded<T>(w, weights);
   const int64_t split = given ? s.in_channels : (s.in_channels + 1) / 2, rest = s.in_channels - split;
   const int64_t numbers = kFoldRows * s.in_channels;
-  const Floats normal = floats(inputs * s.in_channels, 10), fold = floats(s.batch * numbers, 11);
-  const std::unique_ptr<T[]> first(new T[inputs * split]), second(new T[inputs * rest]);
-  const Floats prepared = floats(plan.scratch + plan.pixels, 14);
+  const Array<float> normal = floats(inputs * s.in_channels, 10), fold = floats(s.batch * numbers, 11);
+  const Array<T> first(new T[inputs * split]), second(new T[inputs * rest]);
+  const Array<float> prepared = floats(plan.scratch + plan.pixels, 14);
   const bool normed = s.batch * s.height % 2 != 0;
   Conv3x3Input input = {x_given.get()};
   if (normed) {
@@ -707,9 +672,10 @@ void check_gradient(const Conv3x3Shape& s) {
   constexpr Conv3x3GradientKernels kernels = Conv3x3Gradient::kKernels;
   const Conv3x3Plan plan = kernels.plan(s);
   const int64_t pixels = s.batch * s.height * s.width, taps = 9 * s.in_channels * s.out_channels;
-  const Floats x = floats(pixels * s.in_channels, 1), grad = floats(pixels * s.out_channels, 2);
-  const Floats inputs = floats(plan.transformed, 3), gradients = floats(plan.products, 4);
-  const Floats sums = floats(plan.packed, 5), weight = floats(taps, 6), bias = floats(s.out_channels, 7);
+  const Array<float> x = floats(pixels * s.in_channels, 1), grad = floats(pixels * s.out_channels, 2);
+  const Array<float> inputs = floats(plan.transformed, 3), gradients = floats(plan.products, 4);
+  const Array<float> sums = floats(plan.packed, 5);
+  const Array<float> weight = floats(taps, 6), bias = floats(s.out_channels, 7);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels.transform(plan, x.get(), grad.get(), block, 0, plan.block, inputs.get(), gradients.get());
     kernels.accumulate(
@@ -744,11 +710,6 @@ void check_gradient(const Conv3x3Shape& s) {
 
 int main() {
 RUNS
-#if defined(__AMX_INT8__)
-  unsigned a, b, c, d;
-  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 3) == 3;
-  if (!has || syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 77;
-#endif
   const int64_t sides[][2] = {{1, 1}, {7, 5}, {4, 4}, {8, 8}, {3, 30}, {33, 31}};
 #if defined(__AMX_INT8__)
   const int64_t channels[][2] = {{65, 33}, {300, 1}, {64, 200}};
@@ -782,7 +743,7 @@ RUNS
     }
   }
 }
-""".replace("RUNS", RUNS)
+""".replace("ARRAYS", ARRAYS).replace("RUNS", RUNS)
 
 
 @pytest.mark.parametrize("isa", FLAGS)

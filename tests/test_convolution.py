@@ -388,14 +388,21 @@ def test_where_a_linear_layer_is_the_plain_one(generator, own, amx, monkeypatch)
     assert not own
 
 
-def test_the_whole_network_against_float64(generator, own):
-    """Relative to the output, in the 2-norm: 5e-6."""
+def network(generator) -> UNet:
+    """Of random weights everywhere: some start at zero."""
     config = UNetConfig((64, 128), (False, True), (True, False), sample_size=32)
     model = UNet(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # some start at zero
+            if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+    return model
+
+
+def test_the_whole_network_against_float64(generator, own):
+    """Relative to the output, in the 2-norm: 5e-6."""
+    model = network(generator)
+    with torch.no_grad():
         for batch in (1, 8):
             x = channels_last(batch, 3, 32, 32, generator=generator)
             got = model(x, 500)
@@ -410,12 +417,7 @@ def test_the_whole_network_against_float64(generator, own):
 
 def test_the_whole_network_in_bfloat16(generator, own):
     """No further from float64 than PyTorch's own layers, of the same weights in bfloat16."""
-    config = UNetConfig((64, 128), (False, True), (True, False), sample_size=32)
-    model = UNet(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:  # some start at zero
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+    model = network(generator)
     model = model.bfloat16()
     exact_model = copy.deepcopy(model).double()
     for batch in (1, 8):

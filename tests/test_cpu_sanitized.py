@@ -4,33 +4,16 @@ their own program."""
 from __future__ import annotations
 
 import pytest
-from sanitized import FLAGS, RUNS, run_sanitized
+from sanitized import ARRAYS, FLAGS, RUNS, run_sanitized
 
 PROGRAM = """
 #include "kernels/convert.h"
 #include "kernels/dropout.h"
 #include "kernels/group_norm_silu.h"
 #include "kernels/noise.h"
-
-#include <cmath>
-#include <cstdio>
-#include <memory>
-
+ARRAYS
 using namespace ddpm_fast;
 using namespace ddpm_fast::cpu;
-
-// Exactly as many as are asked for: AddressSanitizer sees the first one too many.
-template <typename T>
-using Array = std::unique_ptr<T[]>;
-
-Array<float> floats(int64_t count, uint32_t seed) {
-  Array<float> made(new float[count]);
-  for (int64_t k = 0; k < count; ++k) {
-    seed = seed * 1664525u + 1013904223u;
-    made[k] = static_cast<float>(seed >> 8) / (1 << 23) - 1;
-  }
-  return made;
-}
 
 void must(bool good, const char* what, int64_t a, int64_t b, int64_t c) {
   if (good) return;
@@ -127,7 +110,7 @@ RUNS
   norms<BFloat16>(Dtype::kBFloat16);
   noises();
 }
-""".replace("RUNS", RUNS)
+""".replace("ARRAYS", ARRAYS).replace("RUNS", RUNS)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in FLAGS if isa != "amx"])  # whose norm is AVX-512's
